@@ -1,0 +1,137 @@
+"""Every knob, once. A recipe starts from here and changes what differs.
+
+Counts are global: they mean the same on one device and on many.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # Everything random follows from it: weights of adapters, prompts, noise, shuffles.
+    config.seed = 0
+    # Rounds of sampling, scoring and updating. May be raised later to continue a finished run.
+    config.num_epochs = 100
+    # Rounds between checkpoints. A signal or an error saves the last whole round anyway; kill -9 loses up to so many.
+    config.checkpoint_every = 10
+    # Checkpoints kept, newest first.
+    config.keep_checkpoints = 2
+    # Rounds between evaluations at fixed prompts and noise; 0: only before the first round and after the last.
+    config.eval_every = 10
+    # Pictures an evaluation draws of the train prompts, and as many of the held-out ones.
+    config.eval_prompts = 64
+    # "ddpo_is" (PPO-clip), "ddpo_sf" (score function: one update a round) or "sft" (regression on captioned images).
+    config.algorithm = "ddpo_is"
+    # What the networks compute in: "float32" or "bfloat16". Trained weights, log-probs and losses stay float32.
+    config.compute_dtype = "float32"
+    # Folder of compiled programs, so that a second start takes seconds; "" compiles anew every time.
+    config.compilation_cache = "~/.cache/ddpo_jax"
+    # Scalars and grids to workdir/tensorboard (pip install 'ddpo_jax[tensorboard]').
+    config.tensorboard = False
+    # Project on Weights & Biases (pip install 'ddpo_jax[wandb]'); "" is off.
+    config.wandb_project = ""
+
+    config.pretrained = pretrained = ConfigDict()
+    # A diffusers folder, a hub id, or "tiny": the embedded model.
+    pretrained.model = "tiny"
+    # Pixels, one side; 0 is the checkpoint's own.
+    pretrained.resolution = 0
+
+    config.prompts = prompts = ConfigDict()
+    # imagenet_animals, common_animals, animal_activities, counting, or a UTF-8 file with one prompt a line.
+    prompts.name = "common_animals"
+    # Prompts given here are taken instead of `name`.
+    prompts.list = ()
+    # Fraction of the prompts that is never trained on, only evaluated; 0 holds out none.
+    prompts.held_out = 0.0
+    # Which prompts are held out. Not the run's seed, so that seeds can be compared.
+    prompts.split_seed = 0
+
+    config.sample = sample = ConfigDict()
+    # DDIM steps. Work is proportional; below 10 pictures suffer.
+    sample.num_steps = 50
+    # Noise of a step, 0 to 1. DDPO needs more than 0: a deterministic step has no density.
+    sample.eta = 1.0
+    # Classifier-free guidance, in sampling and in training. 1 is off and halves the work.
+    sample.guidance_scale = 5.0
+    # Prompts drawn a round, with replacement.
+    sample.num_prompts = 256
+    # Pictures a prompt.
+    sample.num_samples_per_prompt = 1
+    # Pictures a program call. Larger is faster until memory is full.
+    sample.chunk_size = 8
+    # Log-probs in nats: "mean" a latent element (published; clip_range 1e-4 assumes it) or "sum" a latent.
+    sample.log_prob_reduction = "mean"
+
+    config.train = train = ConfigDict()
+    # AdamW.
+    train.learning_rate = 1e-5
+    train.adam_beta1 = 0.9
+    train.adam_beta2 = 0.999
+    train.adam_epsilon = 1e-8
+    train.adam_weight_decay = 1e-4
+    # The gradient of an update is scaled down to this norm.
+    train.max_grad_norm = 1.0
+    # Updates over which the learning rate rises from 0; 0: at once.
+    train.num_warmup_steps = 0
+    # Updates, warm-up included, over which it falls to 0 along a cosine; 0: constant.
+    train.num_decay_steps = 0
+    # Rank of the adapters on the attention kernels (or on lora_targets); 0 trains the whole UNet.
+    train.lora_rank = 0
+    # Adapters count alpha / rank; 0: alpha = rank.
+    train.lora_alpha = 0.0
+    # Regular expression of kernel paths that get an adapter.
+    train.lora_targets = r"attn[12]/(to_q|to_k|to_v|to_out_0)/kernel$"
+    # Optimizer steps a pass over a round's samples: each takes its share of them, all timesteps.
+    train.num_updates = 4
+    # Passes over a round's samples. More learn more of each sample, and are clipped more.
+    train.num_inner_epochs = 1
+    # Fraction of each sample's timesteps that is learned from, drawn anew in each pass. Work is proportional.
+    train.timestep_fraction = 1.0
+    # (sample, timestep) rows a gradient program. Larger is faster until memory is full; it changes only rounding.
+    train.micro_batch_size = 16
+    # PPO's clip range of the importance ratio. Larger learns faster, and less safely.
+    train.clip_range = 1e-4
+    # Advantages are clipped to ± this.
+    train.adv_clip_max = 5.0
+    # Where the sampling policy's log-probs come from: "stored" by the rollout, "recompute" by the update's own program
+    # before the first update (exact, one more pass), or "": stored in float32, recompute in bfloat16.
+    train.old_log_prob = ""
+    # Weight of KL(policy || pretrained), nats as the log-probs are (DPOK); 0 is off and saves a forward pass.
+    train.kl_weight = 0.0
+    # The run ends when a round's mean KL to the pretrained model exceeds this; 0 is never.
+    train.kl_budget = 0.0
+    # Decay of a running average of the trained weights, which is then evaluated and exported; 0 is off.
+    train.ema_decay = 0.0
+
+    config.per_prompt_stat_tracking = tracking = ConfigDict()
+    # Rewards kept a prompt for its own mean and deviation; 0 standardises over the whole round instead.
+    tracking.buffer_size = 32
+    # Below so many, a prompt takes the round's mean and deviation.
+    tracking.min_count = 16
+
+    config.reward = reward = ConfigDict()
+    # jpeg_compressibility, jpeg_incompressibility, or module:function of yours; several with commas between.
+    reward.name = "jpeg_compressibility"
+    # Weight of each; () is 1 for all.
+    reward.weights = ()
+    # Seconds that a chunk's scores may take on the host once its pictures are there.
+    reward.deadline = 300.0
+    # Threads that score on the host, one chunk each.
+    reward.num_workers = 2
+    # Fraction of a round whose reward may be missing (not finite) before the run stops.
+    reward.max_missing = 0.1
+
+    # Captioned images, for sft.
+    config.data = data = ConfigDict()
+    # A folder with metadata.jsonl (file_name, text), or module:function: index -> (H, W, 3) uint8, caption.
+    data.source = ""
+    # Images a round, each encoded once.
+    data.batch_size = 1024
+    # Noise levels an image is regressed on in a pass.
+    data.num_noise_draws = 1
+    # Fraction of the images whose caption is dropped, for guidance.
+    data.prompt_dropout = 0.1
+
+    return config

@@ -1,0 +1,28 @@
+"""DDPO on the embedded model, on a laptop: JPEG incompressibility, minutes on 2 cores.
+
+python -m ddpo_jax.main --config=configs/quickstart.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.num_epochs = 20
+    config.checkpoint_every = 5
+    config.eval_every = 10
+    config.prompts.name = "common_animals"
+    config.prompts.held_out = 0.2
+    config.reward.name = "jpeg_incompressibility"
+    config.sample.num_steps = 10
+    config.sample.guidance_scale = 1.0
+    config.sample.num_prompts = 64
+    config.sample.chunk_size = 32
+    config.train.learning_rate = 2e-4
+    config.train.clip_range = 5e-3
+    config.train.num_updates = 2
+    config.train.micro_batch_size = 64
+    config.per_prompt_stat_tracking.buffer_size = 0
+    return config

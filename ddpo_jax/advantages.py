@@ -1,0 +1,163 @@
+"""Rewards -> advantages, on the host: (init, update) pairs whose carry is an array tree, checkpointed with the run.
+
+A missing reward is NaN. It enters no statistics, its own advantage and weight are 0, and all other advantages are
+exactly those of a batch without it. Statistics are taken in float64 of float32 rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int
+
+from ddpo_jax.errors import RunStopped, UserError
+
+
+class Advantages(NamedTuple):
+    """How good each sample is beside others."""
+
+    init: Callable  # () -> carry
+    update: Callable  # carry, ids (b,), rewards (b,) -> advantage (b,) float32, weight (b,) float32 0 or 1, carry
+
+
+class History(NamedTuple):
+    """The last rewards of every prompt, `count` of them, in a ring: the next is written at `position`."""
+
+    values: Float[Any, "prompts buffer"]
+    count: Int[Any, " prompts"]
+    position: Int[Any, " prompts"]
+
+
+def combine(scores: Float[np.ndarray, "b experts"], weights: Float[np.ndarray, " n"]) -> Float32[np.ndarray, " b"]:
+    """One reward a sample: the weighted sum of the experts' scores, NaN if one is missing.
+
+    r = Σ_k w_k s_k over the experts with w_k ≠ 0. An expert of weight 0 is only watched: when its score is missing, the
+    reward is not.
+
+    Raises: UserError if there is not one weight an expert.
+    """
+    if weights.shape != scores.shape[1:]:
+        raise UserError(f"reward weights {weights.tolist()} must be one for each of {scores.shape[1]} rewards")
+    counted = weights != 0
+    return (scores[:, counted] * weights[counted]).sum(axis=1).astype(np.float32)
+
+
+def check_missing(
+    scores: Float[np.ndarray, "b experts"],
+    weights: Float[np.ndarray, " n"],
+    *,
+    max_missing: float,
+    names: tuple[str, ...],
+) -> None:
+    """Stops the run when too many samples have no reward.
+
+    max_missing: the fraction of the batch that may be missing, from 0 (none) to 1 (all).
+
+    Raises: RunStopped above it, with the number each expert lacks.
+    """
+    missing = ~np.isfinite(combine(scores, weights))
+    if missing.mean() > max_missing:
+        lacking = [f"{name} {n}" for name, n in zip(names, np.isnan(scores).sum(axis=0), strict=True)]
+        raise RunStopped(
+            f"{missing.sum()} of {len(missing)} rewards are missing ({missing.mean():.1%}; reward.max_missing allows "
+            f"{max_missing:.1%}): {', '.join(lacking)}. A reward is missing if its picture or its score is not finite."
+        )
+
+
+def whiten(*, eps: float = 1e-8) -> Advantages:
+    """Advantages over the whole batch.
+
+    A = (r - mean(r)) / (std(r) + ε)
+
+    ddpo-pytorch without per-prompt statistics; its ε.
+    """
+
+    def init() -> tuple[()]:
+        return ()
+
+    def update(
+        carry: tuple[()], ids: Int[Any, " b"], rewards: Float[np.ndarray, " b"]
+    ) -> tuple[Float32[np.ndarray, " b"], Float32[np.ndarray, " b"], tuple[()]]:
+        present = np.isfinite(rewards)
+        return *_scatter(present, _standardise(rewards[present], rewards[present], eps)), carry
+
+    return Advantages(init, update)
+
+
+def per_prompt(*, num_prompts: int, buffer_size: int, min_count: int, eps: float = 1e-6) -> Advantages:
+    """Advantages over the last `buffer_size` rewards of the same prompt, this batch's own among them.
+
+    A_i = (r_i - mean(h)) / (std(h) + ε),  h the history of sample i's prompt after this batch was added to it
+
+    While a prompt has fewer than `min_count` rewards, mean and std are those of the whole batch. Black et al. 2023
+    (DDPO); the order of these steps and ε are those of ddpo-pytorch. ids are positions in the prompt list.
+
+    Raises: UserError if min_count is not in 1..buffer_size; from `update` for an id outside the prompt list.
+    """
+    if not 1 <= min_count <= buffer_size:
+        raise UserError(
+            f"per_prompt_stat_tracking.min_count {min_count} must be from 1 to buffer_size {buffer_size}: "
+            "no prompt's history grows longer than that"
+        )
+
+    def init() -> History:
+        # float32 holds the rewards exactly, and survives a checkpoint where JAX has no float64.
+        return History(
+            values=np.zeros((num_prompts, buffer_size), np.float32),
+            count=np.zeros(num_prompts, np.int32),
+            position=np.zeros(num_prompts, np.int32),
+        )
+
+    def update(
+        carry: History, ids: Int[Any, " b"], rewards: Float[np.ndarray, " b"]
+    ) -> tuple[Float32[np.ndarray, " b"], Float32[np.ndarray, " b"], History]:
+        ids = np.asarray(ids)
+        if ids.size and (ids.min() < 0 or ids.max() >= num_prompts):
+            raise UserError(f"prompt ids from {ids.min()} to {ids.max()} must be positions in a list of {num_prompts}")
+        present = np.isfinite(rewards)
+        seen, found = ids[present], rewards[present]
+        history = _extend(carry, seen, found)
+        advantage = _standardise(found, found, eps)
+        for prompt in np.unique(seen):
+            count = history.count[prompt]
+            if count >= min_count:
+                own = seen == prompt
+                advantage[own] = _standardise(found[own], history.values[prompt, :count], eps)
+        return *_scatter(present, advantage), history
+
+    return Advantages(init, update)
+
+
+def clip(advantage: Float32[np.ndarray, " b"], *, adv_clip_max: float) -> Float32[np.ndarray, " b"]:
+    """The advantage within ±adv_clip_max, so that one outlier cannot be a whole update. Published: 5 and 10."""
+    return np.clip(advantage, -adv_clip_max, adv_clip_max)
+
+
+def _extend(history: History, ids: Int[np.ndarray, " n"], rewards: Float[np.ndarray, " n"]) -> History:
+    # np.array copies: the carry of the last round may be in a checkpoint that is being written.
+    values, count, position = (np.array(leaf) for leaf in history)
+    buffer_size = values.shape[1]
+    for prompt, reward in zip(ids, rewards, strict=True):
+        values[prompt, position[prompt]] = reward
+        position[prompt] = (position[prompt] + 1) % buffer_size
+        count[prompt] = min(count[prompt] + 1, buffer_size)
+    return History(values, count, position)
+
+
+def _standardise(
+    rewards: Float[np.ndarray, " n"], among: Float[np.ndarray, " m"], eps: float
+) -> Float[np.ndarray, " n"]:
+    if not len(rewards):
+        return np.zeros(0)
+    among = among.astype(np.float64)
+    return (rewards - among.mean()) / (among.std() + eps)
+
+
+def _scatter(
+    present: Bool[np.ndarray, " b"], values: Float[np.ndarray, " n"]
+) -> tuple[Float32[np.ndarray, " b"], Float32[np.ndarray, " b"]]:
+    advantage = np.zeros(len(present), np.float32)
+    advantage[present] = values
+    return advantage, present.astype(np.float32)

@@ -1,0 +1,28 @@
+"""Training methods by name: one file a method, one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ddpo_jax.algorithms import ddpo, sft
+from ddpo_jax.algorithms.parts import Parts
+from ddpo_jax.errors import UserError
+from ddpo_jax.types import Algorithm
+
+ALGORITHMS = {
+    "ddpo_is": ddpo.importance_sampling,
+    "ddpo_sf": ddpo.score_function,
+    "sft": sft.sft,
+}
+
+
+def make(name: str, parts: Parts, settings: Mapping[str, Any]) -> Algorithm:
+    """The named method with its settings.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if name not in ALGORITHMS:
+        raise UserError(f"algorithm={name!r} is unknown: expected one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name](parts, **settings)

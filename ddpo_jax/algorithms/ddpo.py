@@ -1,0 +1,186 @@
+"""DDPO: denoising as a Markov decision process, rewarded for the finished picture (Black et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ddpo_jax import advantages, losses
+from ddpo_jax.algorithms.parts import Parts, scored_rollouts
+from ddpo_jax.errors import RunStopped, UserError
+from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree, Trajectory
+
+RATIO_TOLERANCE = 0.1  # of the clip range: the share of it that rounding may take
+
+
+class Scoring(NamedTuple):
+    """From scores to advantages."""
+
+    advantages: advantages.Advantages
+    weights: tuple[float, ...]  # of the experts
+    adv_clip_max: float
+    max_missing: float  # fraction of a round
+
+
+class Rollouts(NamedTuple):
+    """A round of samples."""
+
+    cond: PyTree
+    trajectory: Trajectory
+    advantage: Float[Any, " b"]
+    weight: Float[Any, " b"]  # 0 where the reward is missing
+
+
+def importance_sampling(
+    parts: Parts,
+    *,
+    scoring: Scoring,
+    num_updates: int,
+    clip_range: float,
+    old_log_prob: str,
+    kl_weight: float,
+    kl_budget: float,
+) -> Algorithm:
+    """DDPO-IS: PPO-clip on denoising steps; several updates a round.
+
+    old_log_prob: `stored` by the rollout, or `recompute`d by the update's own program before the first update, which
+    costs that program once more a round (nothing, with one update a round) and makes the first ratio exactly 1.
+    kl_weight: of KL(p_θ ‖ p_ref), nats as the log-probs are. kl_budget: the mean KL at which the run ends; 0 is never.
+    """
+    if clip_range <= 0:
+        raise UserError(f"train.clip_range={clip_range}: expected a positive number; 1e-4 is the published value")
+    if old_log_prob not in ("stored", "recompute"):
+        raise UserError(f"train.old_log_prob={old_log_prob!r}: expected 'stored' or 'recompute'")
+
+    def surrogate(log_prob, log_prob_old, advantage):
+        return losses.ppo_clip(log_prob, log_prob_old, advantage, clip_range=clip_range)
+
+    def on_policy(log_prob, log_prob_old, advantage):
+        return surrogate(log_prob, jax.lax.stop_gradient(log_prob), advantage)
+
+    def check(first: Mapping[str, float]) -> None:
+        deviation, allowed = first["ratio_max_deviation"], RATIO_TOLERANCE * clip_range
+        if not deviation <= allowed:
+            raise RunStopped(
+                f"before the first update the importance ratio is off 1 by {deviation:.1e}, more than "
+                f"{RATIO_TOLERANCE} x train.clip_range = {allowed:.1e}: rounding would be learned from."
+                " Set train.old_log_prob=recompute, or compute in float32, or widen train.clip_range"
+            )
+
+    once = old_log_prob == "recompute" and num_updates == 1
+    again = old_log_prob == "recompute" and num_updates > 1
+    return _algorithm(
+        parts,
+        on_policy if once else surrogate,
+        scoring=scoring,
+        kl_weight=kl_weight,
+        kl_budget=kl_budget,
+        recompute=_write_log_prob if again else None,
+        check=check,
+    )
+
+
+def score_function(
+    parts: Parts, *, scoring: Scoring, num_updates: int, kl_weight: float, kl_budget: float
+) -> Algorithm:
+    """DDPO-SF: REINFORCE on denoising steps; exactly one update a round.
+
+    Raises:
+        UserError: more updates a round are asked for. Samples of an older policy would bias the gradient.
+    """
+    if num_updates != 1:
+        raise UserError(
+            f"ddpo_sf makes one update a round, but train.num_updates x train.num_inner_epochs = {num_updates}:"
+            " set both to 1, or use algorithm=ddpo_is"
+        )
+    return _algorithm(
+        parts,
+        losses.score_function,
+        scoring=scoring,
+        kl_weight=kl_weight,
+        kl_budget=kl_budget,
+        recompute=None,
+        check=lambda first: None,
+    )
+
+
+def _algorithm(
+    parts: Parts,
+    surrogate: Callable,
+    *,
+    scoring: Scoring,
+    kl_weight: float,
+    kl_budget: float,
+    recompute: Callable | None,
+    check: Callable,
+) -> Algorithm:
+    reads_reference = kl_weight > 0 or kl_budget > 0
+    weights = np.asarray(scoring.weights, np.float32)
+
+    def collect(
+        params: PyTree, frozen: Frozen, prompts: Prompts, carry: PyTree, key: Key[Array, ""]
+    ) -> tuple[Rollouts, PyTree, dict[str, float]]:
+        (cond, trajectory), scores = scored_rollouts(
+            parts, params, frozen, prompts, key, keep=lambda cond, trajectory, images: (cond, trajectory)
+        )
+        advantages.check_missing(scores, weights, max_missing=scoring.max_missing, names=parts.reward.names)
+        rewards = advantages.combine(scores, weights)
+        advantage, weight, carry = scoring.advantages.update(carry, prompts.id, rewards)
+        advantage = advantages.clip(advantage, adv_clip_max=scoring.adv_clip_max)
+        return Rollouts(cond, trajectory, advantage, weight), carry, reward_report(parts.reward.names, scores, rewards)
+
+    def loss(
+        params: PyTree, frozen: Frozen, batch: Rollouts, rows: Int[Array, "r 2"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, " r"], Metrics]:
+        sample, step = rows[:, 0], rows[:, 1]
+        trajectory = batch.trajectory
+        x_t, x_next = trajectory.x[sample, step], trajectory.x[sample, step + 1]
+        t, t_next = trajectory.t[sample, step], trajectory.t[sample, step + 1]
+        cond = jax.tree.map(lambda x: x[sample], batch.cond)
+
+        p = parts.policy.transition(params, x_t, t, t_next, cond, frozen.uncond)
+        log_prob = parts.policy.log_prob(p, x_next)
+        row_losses, metrics = surrogate(log_prob, trajectory.log_prob[sample, step], batch.advantage[sample])
+        mean = {**metrics.mean, "log_prob": log_prob}
+        if reads_reference:
+            reference = parts.policy.transition(frozen.denoiser, x_t, t, t_next, cond, frozen.uncond)
+            kl = parts.policy.kl(p, reference)
+            row_losses = row_losses + kl_weight * kl
+            mean["kl_reference"] = kl
+        return row_losses, metrics._replace(mean=mean)
+
+    def slices(batch: Rollouts) -> Bool[np.ndarray, "b T"]:
+        return np.asarray(batch.trajectory.trained) & (np.asarray(batch.weight) > 0)[:, None]
+
+    def stop(scalars: Mapping[str, float]) -> str | None:
+        kl = scalars.get("kl_reference", 0.0)
+        if 0 < kl_budget <= kl:
+            return f"the KL to the reference is {kl:.2e} nats a step; train.kl_budget is {kl_budget:.2e}"
+        return None
+
+    return Algorithm(scoring.advantages.init, collect, loss, slices, recompute, check, stop, reads_reference)
+
+
+def reward_report(
+    names: tuple[str, ...], scores: Float[np.ndarray, "b experts"], rewards: Float[np.ndarray, " b"]
+) -> dict[str, float]:
+    """Mean and standard deviation of the rewards that are there, how many are missing, and each expert's mean."""
+    found = rewards[np.isfinite(rewards)]
+    report = {
+        "reward/mean": float(found.mean()) if len(found) else float("nan"),
+        "reward/std": float(found.std()) if len(found) else float("nan"),
+        "reward/missing": len(rewards) - len(found),
+    }
+    for name, column in zip(names, scores.T, strict=True):
+        seen = column[np.isfinite(column)]
+        report[f"reward/{name}"] = float(seen.mean()) if len(seen) else float("nan")
+    return report
+
+
+def _write_log_prob(batch: Rollouts, rows: Int[Any, "r 2"], metrics: Metrics) -> Rollouts:
+    log_prob = batch.trajectory.log_prob.at[rows[:, 0], rows[:, 1]].set(metrics.mean["log_prob"])
+    return batch._replace(trajectory=batch.trajectory._replace(log_prob=log_prob))

@@ -1,0 +1,72 @@
+"""What the methods share: the parts they are made of, and a scored round of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Key
+
+from ddpo_jax.policy import sample_keys
+from ddpo_jax.types import Frozen, Model, Policy, Prompts, PyTree, Reward
+
+
+class Parts(NamedTuple):
+    """What a method may draw on."""
+
+    model: Model
+    policy: Policy
+    sample: Callable  # policy.make_sampler's program
+    reward: Reward | None  # None where the method needs none
+    phase: Callable  # name, total -> context manager that gives advance(count)
+    chunk_size: int  # pictures a program call
+
+
+def scored_rollouts(
+    parts: Parts,
+    params: PyTree,
+    frozen: Frozen,
+    prompts: Prompts,
+    key: Key[Any, ""],
+    *,
+    keep: Callable,
+) -> tuple[PyTree, Float32[np.ndarray, "b experts"]]:
+    """One sample a prompt, and its scores: keep(cond, trajectory, images) of all samples, with a leading axis of b.
+
+    Chunks have one shape, so that one program serves every count: the last is filled up with its last prompt. A chunk
+    is scored while the next rolls out. Sample i's noise depends on `key` and i alone.
+    """
+    count, size = len(prompts.texts), parts.chunk_size
+    kept, pending = [], []
+    with parts.phase("rollout", count) as advance:
+        for first in range(0, count, size):
+            chunk = take(prompts, np.minimum(np.arange(first, first + size), count - 1))
+            cond, trajectory, images = parts.sample(params, frozen, chunk.tokens, sample_keys(key, first, size))
+            pending.append(parts.reward.submit(frozen.reward, images, chunk))
+            kept.append(keep(cond, trajectory, images))
+            jax.block_until_ready(images)
+            advance(min(size, count - first))
+    scores = []
+    with parts.phase("reward", count) as advance:
+        while pending:
+            scores.append(parts.reward.result(pending.pop(0)))
+            advance(min(size, count - size * (len(scores) - 1)))
+    return jax.tree.map(lambda *chunks: concatenate(chunks, count), *kept), np.concatenate(scores)[:count]
+
+
+def take(prompts: Prompts, indices: np.ndarray) -> Prompts:
+    """The prompts at `indices`."""
+    return Prompts(
+        texts=tuple(prompts.texts[i] for i in indices),
+        tokens=np.asarray(prompts.tokens)[indices],
+        id=np.asarray(prompts.id)[indices],
+        metadata=tuple(prompts.metadata[i] for i in indices),
+    )
+
+
+def concatenate(chunks: tuple, count: int):
+    """The first `count` rows of the chunks, on the device or on the host as they are."""
+    join = np.concatenate if isinstance(chunks[0], np.ndarray) else jax.numpy.concatenate
+    return join(chunks)[:count]

@@ -1,0 +1,42 @@
+"""Checkpoints: whole pytrees, saved in the background and atomically by orbax, at the end of rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ddpo_jax.types import PyTree
+
+
+@contextmanager
+def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """A manager of the checkpoints in `folder` that keeps the newest `keep`. Leaving it waits for the last save."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        yield manager
+        manager.wait_until_finished()
+
+
+def save(manager: ocp.CheckpointManager, step: int, tree: PyTree) -> None:
+    """Starts to write `tree` as checkpoint `step`, unless it is there; its arrays may be donated once this returns."""
+    if manager.latest_step() != step:
+        manager.save(step, args=ocp.args.StandardSave(tree))
+
+
+def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> PyTree | None:
+    """The newest checkpoint, with the structure, dtypes and shardings of `like`; None if there is none."""
+    step = manager.latest_step()
+    if step is None:
+        return None
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+
+def host_copy(tree: PyTree) -> PyTree:
+    """The tree as numpy arrays that nothing else can change or donate."""
+    return jax.tree.map(np.array, tree)

@@ -1,0 +1,59 @@
+"""The command line: a config file, and its fields overridden."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ddpo_jax.errors import UserError
+from ddpo_jax.workdir import flatten
+
+USAGE = "python -m ddpo_jax.main --config=configs/NAME.py [--config.train.learning_rate=1e-5] [--workdir=DIR]"
+OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
+    """The config and the workdir of a command line, program name left out; the workdir is runs/<config name> by default.
+
+    Raises:
+        UserError: a flag, a field or a value is wrong.
+    """
+    plain = _flags([arg for arg in argv if not OVERRIDE.match(arg)])
+    if not plain.config:
+        raise UserError(f"--config is missing; usage: {USAGE}")
+    known = flatten(plain.config.to_dict())
+    for arg in argv:
+        found = OVERRIDE.match(arg)
+        if found and found[1] not in known:
+            near = difflib.get_close_matches(found[1], known, n=1, cutoff=0.6)
+            hint = f"; did you mean --config.{near[0]}?" if near else "; configs/base.py lists every field"
+            raise UserError(f"--config.{found[1]}: there is no such field{hint}")
+    values = _flags(argv)
+    name = Path(values["config"].config_filename.split(":")[0]).stem
+    return values.config, Path(values.workdir or Path("runs") / name).expanduser()
+
+
+def _flags(argv: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    argv = ["main", *argv]
+    # A config file may import its neighbours (`from configs import base`) wherever the command is run.
+    for arg in argv:
+        if arg.startswith("--config="):
+            path = Path(arg.split("=", 1)[1].split(":")[0]).absolute()
+            if not path.is_file():
+                raise UserError(f"--config={path}: no such file; usage: {USAGE}")
+            sys.path.append(str(path.parents[1]))
+    config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
+    try:
+        rest = values(argv)
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{error}; usage: {USAGE}") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; usage: {USAGE}")
+    return values

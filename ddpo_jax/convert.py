@@ -1,0 +1,129 @@
+"""diffusers and transformers tensors <-> Flax trees: one table of names, one of leaves, both ways, bit-exact."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ddpo_jax.errors import UserError
+from ddpo_jax.types import PyTree
+
+# Torch containers that number their children: `resnets.0` there is `resnets_0` here.
+NUMBERED = re.compile(
+    r"\b(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|layers|to_out|net)_(\d+)\b"
+)
+
+# Names that older checkpoints use, rewritten before anything else reads them.
+OLD_NAMES = (
+    # AutoencoderKL before diffusers 0.18, SD 1.5's own folder among them.
+    (re.compile(r"(mid_block\.attentions\.\d+)\.query\."), r"\1.to_q."),
+    (re.compile(r"(mid_block\.attentions\.\d+)\.key\."), r"\1.to_k."),
+    (re.compile(r"(mid_block\.attentions\.\d+)\.value\."), r"\1.to_v."),
+    (re.compile(r"(mid_block\.attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+)
+
+# Buffers that some checkpoints carry and no network reads.
+IGNORED = re.compile(r"(^|\.)position_ids$")
+
+
+class Leaf(NamedTuple):
+    """How one kind of leaf is stored on either side."""
+
+    torch_name: str
+    to_flax: Callable
+    to_torch: Callable
+
+
+def _same(x):
+    return x
+
+
+LEAVES = {
+    ("kernel", 4): Leaf("weight", lambda w: w.transpose(2, 3, 1, 0), lambda k: k.transpose(3, 2, 0, 1)),
+    ("kernel", 2): Leaf("weight", lambda w: w.T, lambda k: k.T),
+    ("scale", 1): Leaf("weight", _same, _same),
+    ("embedding", 2): Leaf("weight", _same, _same),
+    ("bias", 1): Leaf("bias", _same, _same),
+    ("class_embedding", 1): Leaf("class_embedding", _same, _same),
+    ("logit_scale", 0): Leaf("logit_scale", _same, _same),
+}
+
+
+def torch_key(path: tuple[str, ...], ndim: int) -> tuple[str, Leaf]:
+    """The torch name of a Flax leaf, and how it is stored.
+
+    Raises:
+        UserError: no rule for this leaf.
+    """
+    *modules, name = path
+    if (name, ndim) not in LEAVES:
+        raise UserError(f"no conversion rule for the {ndim}-dimensional parameter {'/'.join(path)}")
+    leaf = LEAVES[name, ndim]
+    modules = [NUMBERED.sub(r"\1.\2", module) for module in modules]
+    return ".".join([*modules, leaf.torch_name]), leaf
+
+
+def leaf_path(path: tuple) -> tuple[str, ...]:
+    """The keys of a leaf in nested dicts, from jax.tree_util's path."""
+    return tuple(entry.key for entry in path)
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], like: PyTree, *, source: str) -> PyTree:
+    """The Flax tree with the structure and shapes of `like`, filled from torch-named tensors; dtypes are kept.
+
+    `source` names the file in errors.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or is left over.
+    """
+    tensors = {_modern(name): tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
+    used = set()
+
+    def convert(path, template):
+        key, leaf = torch_key(leaf_path(path), len(template.shape))
+        if key not in tensors:
+            raise UserError(f"{source}: tensor {key!r} is missing; is the file whole, and does its config.json fit?")
+        used.add(key)
+        tensor = tensors[key]
+        expected = tuple(leaf.to_torch(np.empty(template.shape, np.bool_)).shape)
+        if tensor.shape[2:] == (1, 1) and len(expected) == 2:
+            # Checkpoints from before diffusers 0.18 may keep the VAE's attention as 1x1 convolutions.
+            tensor = tensor[:, :, 0, 0]
+        if tuple(tensor.shape) != expected:
+            raise UserError(f"{source}: tensor {key!r} has shape {tuple(tensor.shape)}; config.json implies {expected}")
+        return leaf.to_flax(tensor)
+
+    tree = jax.tree_util.tree_map_with_path(convert, like)
+    unused = sorted(set(tensors) - used)
+    if unused:
+        raise UserError(f"{source}: {len(unused)} tensors have no place in this network, such as {unused[:5]}")
+    return tree
+
+
+def to_torch(tree: PyTree) -> dict[str, np.ndarray]:
+    """Contiguous torch-named tensors of a Flax tree; dtypes are kept."""
+    tensors = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(tree):
+        key, leaf = torch_key(leaf_path(path), np.ndim(value))
+        tensors[key] = np.asarray(leaf.to_torch(np.asarray(value)), order="C")
+    return tensors
+
+
+def without_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Names without a leading `prefix`: transformers 4 writes a text encoder with `text_model.`, 5 without."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _modern(name: str) -> str:
+    for pattern, replacement in OLD_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def cast(tree: PyTree, dtype: np.dtype) -> PyTree:
+    """The tree with every leaf as a numpy array of `dtype`."""
+    return jax.tree.map(lambda x: np.asarray(x, dtype), tree)

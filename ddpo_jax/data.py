@@ -1,0 +1,305 @@
+"""Prompts and captioned images. A round's batch is a pure function of (seed, epoch), so a resume needs no position."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32, UInt8
+from PIL import Image, ImageOps
+from transformers import CLIPTokenizer
+
+from ddpo_jax.errors import UserError
+from ddpo_jax.plugins import load_object
+from ddpo_jax.types import Prompts
+
+PROMPTS = Path(__file__).parent / "assets" / "prompts"
+LONGEST = 10_000  # tokens; transformers puts 1e30 where the length is missing
+
+# The range of the published counting runs (jannerm/ddpo, config llava_counting).
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
+# The common animals that make their plural in their own way.
+PLURALS = {
+    "sheep": "sheep", "deer": "deer", "fish": "fish", "mouse": "mice", "wolf": "wolves", "goose": "geese",
+}  # fmt: skip
+
+
+class PromptSet(NamedTuple):
+    """Distinct prompts; a prompt's id is its position."""
+
+    texts: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]  # such as questions and answers for a judge
+
+
+class ImageText(NamedTuple):
+    """Captioned images by index."""
+
+    get: Callable  # index -> (H, W, 3) uint8, caption
+    length: int | None  # None: any index
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The CLIP tokenizer of a diffusers folder, from vocab.json and merges.txt or from tokenizer.json.
+
+    Raises:
+        UserError: the files are missing or broken.
+    """
+    has_pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not has_pair and not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder}: expected vocab.json and merges.txt, or tokenizer.json; the model folder is not whole"
+        )
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{folder}: not a CLIP tokenizer ({type(error).__name__}: {error})") from error
+    if tokenizer.model_max_length > LONGEST:
+        raise UserError(f"{folder}/tokenizer_config.json: expected model_max_length, such as 77; copy the file anew")
+    return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
+    """Token ids, cut and padded to the tokenizer's own length (77 for Stable Diffusion)."""
+    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+    return np.asarray(encoded["input_ids"], np.int32)
+
+
+def find_too_long(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> tuple[str, ...]:
+    """The texts that `tokenize` cuts."""
+    lengths = (len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"])
+    return tuple(text for text, length in zip(texts, lengths, strict=True) if length > tokenizer.model_max_length)
+
+
+def prompt_source(name: str, texts: Sequence[str] = ()) -> PromptSet:
+    """The prompts of `texts` if there are any, else of a built-in set or a UTF-8 file with one prompt a line.
+
+    Raises:
+        UserError: there is no such set or file, or it holds no prompt, or it is not UTF-8.
+    """
+    if texts:
+        return _from_texts(texts, "prompts.list")
+    if name in PROMPT_SETS:
+        return PROMPT_SETS[name]()
+    try:
+        content = Path(name).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"prompts.name={name!r}: not a built-in set ({', '.join(PROMPT_SETS)}), and no file that can be read"
+            f" ({error.strerror})"
+        ) from None
+    try:
+        # Not splitlines, which also cuts at form feeds and at Unicode's own separators.
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"prompts.name={name!r}: line {line} is not UTF-8; convert the file to UTF-8") from None
+    return _from_texts([line for line in lines if line.strip()], f"prompts.name={name!r}")
+
+
+def split(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptSet, PromptSet]:
+    """(train, held out): disjoint, `fraction` of the prompts held out; 0 holds out none.
+
+    Raises:
+        UserError: the fraction leaves nothing to train on, or nothing held out.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"prompts.held_out={fraction}: expected a fraction from 0 to below 1")
+    count = len(prompts.texts)
+    num_held_out = round(fraction * count)
+    if fraction and not 0 < num_held_out < count:
+        raise UserError(f"prompts.held_out={fraction} of {count} prompts leaves a side without prompts; set 0")
+    order = np.random.default_rng(seed).permutation(count)
+    return _choose(prompts, np.sort(order[num_held_out:])), _choose(prompts, np.sort(order[:num_held_out]))
+
+
+def draw(
+    prompts: PromptSet,
+    tokens: Int32[np.ndarray, "n s"],
+    *,
+    num_prompts: int,
+    num_samples_per_prompt: int,
+    seed: int,
+    epoch: int,
+) -> Prompts:
+    """A round's prompts: `num_prompts` drawn uniformly with replacement, each num_samples_per_prompt times in a row."""
+    drawn = np.random.default_rng((seed, epoch)).integers(len(prompts.texts), size=num_prompts)
+    return at(prompts, tokens, np.repeat(drawn, num_samples_per_prompt))
+
+
+def every(prompts: PromptSet, tokens: Int32[np.ndarray, "n s"], *, count: int) -> Prompts:
+    """`count` prompts spread evenly over the set, and round it again where the set is smaller."""
+    size = len(prompts.texts)
+    return at(prompts, tokens, np.arange(count) * max(size, count) // count % size)
+
+
+def at(prompts: PromptSet, tokens: Int32[np.ndarray, "n s"], ids: Int[np.ndarray, " b"]) -> Prompts:
+    """The prompts with these ids."""
+    chosen = _choose(prompts, ids)
+    return Prompts(chosen.texts, tokens[ids], ids.astype(np.int32), chosen.metadata)
+
+
+def with_article(animal: str) -> str:
+    """One of the 45 common animals with its article, by its first letter: none of them needs more."""
+    return f"{'an' if animal[0] in 'aeiou' else 'a'} {animal}"
+
+
+def plural(animal: str) -> str:
+    """The plural of one of the 45 common animals."""
+    if animal in PLURALS:
+        return PLURALS[animal]
+    if animal.endswith("y") and animal[-2] not in "aeiou":
+        return animal[:-1] + "ies"
+    return animal + ("es" if animal.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def _lines(name: str) -> list[str]:
+    return (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _imagenet_animals() -> PromptSet:
+    """The 398 animals among ImageNet's classes, the bare first name of each (the compression runs)."""
+    return _from_texts(_lines("imagenet_animals"), "imagenet_animals")
+
+
+def _common_animals() -> PromptSet:
+    """The paper's 45 common animals, each with its article (its aesthetic runs)."""
+    return _from_texts([with_article(animal) for animal in _lines("common_animals")], "common_animals")
+
+
+def _animal_activities() -> PromptSet:
+    """45 animals x 3 activities, "an ant playing chess" (its alignment runs)."""
+    texts = [
+        f"{with_article(animal)} {activity}" for animal in _lines("common_animals") for activity in _lines("activities")
+    ]
+    return _from_texts(texts, "animal_activities")
+
+
+def _counting() -> PromptSet:
+    """Counts of animals, "two mice", with the questions that a judge is asked and the answers it should give."""
+    texts, metadata = [], []
+    for animal in _lines("common_animals"):
+        for number in NUMBERS:
+            texts.append(f"{number} {plural(animal)}")
+            questions = (
+                f"How many {plural(animal)} are there in this image?",
+                "What animal is in this image?",
+            )
+            metadata.append({"questions": questions, "answers": (number, animal)})
+    return PromptSet(tuple(texts), tuple(metadata))
+
+
+PROMPT_SETS = {
+    "imagenet_animals": _imagenet_animals,
+    "common_animals": _common_animals,
+    "animal_activities": _animal_activities,
+    "counting": _counting,
+}
+
+
+def _from_texts(texts: Sequence[str], origin: str) -> PromptSet:
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{origin}: {text!r} is not a prompt; expected text")
+    distinct = tuple(dict.fromkeys(text.strip() for text in texts))
+    if not distinct:
+        raise UserError(f"{origin}: no prompt in it; expected one a line")
+    return PromptSet(distinct, ({},) * len(distinct))
+
+
+def _choose(prompts: PromptSet, ids: Int[np.ndarray, " b"]) -> PromptSet:
+    return PromptSet(tuple(prompts.texts[i] for i in ids), tuple(prompts.metadata[i] for i in ids))
+
+
+def image_text(source: str, *, resolution: int) -> ImageText:
+    """Captioned images of a folder, or of a function of yours.
+
+    A folder holds metadata.jsonl with `file_name` and `text` (Hugging Face's imagefolder layout); its images are
+    turned upright, cut to a centred square and resized. `module:function` is called as function(index) -> (H, W, 3)
+    uint8, caption, for any index from 0 to below 2^63, and gives the right size itself.
+
+    Raises:
+        UserError: there is no such folder or function, or a line of metadata.jsonl cannot be used.
+    """
+    folder = Path(source).expanduser()
+    if ":" in source and not folder.exists():
+        return ImageText(load_object(source), None)
+    if not (folder / "metadata.jsonl").is_file():
+        found = "a folder without it" if folder.is_dir() else "no such folder"
+        raise UserError(f"data.source={source!r}: {found}; expected a folder with metadata.jsonl, or module:function")
+    rows = [_metadata_row(folder, number, line) for number, line in _numbered_lines(folder / "metadata.jsonl")]
+    if not rows:
+        raise UserError(f"data.source={source!r}: metadata.jsonl holds no image")
+
+    def get(index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        path, caption = rows[index]
+        return load_image(path, resolution), caption
+
+    return ImageText(get, len(rows))
+
+
+def image_text_batch(
+    source: ImageText, *, batch_size: int, seed: int, epoch: int, resolution: int
+) -> tuple[Float32[np.ndarray, "b H W 3"], tuple[str, ...]]:
+    """A round's images, in [0, 1], and captions. A finite source is walked in passes, each shuffled anew."""
+    first = epoch * batch_size
+    if source.length is None:
+        indices = [seed * 1_000_000_007 + first + i for i in range(batch_size)]
+    else:
+        walks = [divmod(first + i, source.length) for i in range(batch_size)]
+        orders = {walk: np.random.default_rng((seed, walk)).permutation(source.length) for walk, _ in walks}
+        indices = [int(orders[walk][position]) for walk, position in walks]
+    pairs = [_checked(source.get(index), index, resolution) for index in indices]
+    images, captions = zip(*pairs, strict=True)
+    return np.stack(images).astype(np.float32) / 255, tuple(captions)
+
+
+def load_image(path: Path, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as RGB, turned upright as its EXIF says, cut to a centred square and resized."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError where a PNG is broken
+        raise UserError(f"{path}: not a picture that can be read ({error})") from None
+    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
+
+
+def _checked(pair: Any, index: int, resolution: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    try:
+        image, caption = pair
+    except (TypeError, ValueError):
+        raise UserError(f"data.source, index {index}: expected (image, caption), found {type(pair).__name__}") from None
+    if not isinstance(caption, str):
+        raise UserError(f"data.source, index {index}: expected a caption, found {type(caption).__name__}")
+    image = np.asarray(image)
+    # Not only the shape: floats in [0, 1], taken for 0 to 255, would train on black pictures without a word.
+    if image.shape != (resolution, resolution, 3) or image.dtype != np.uint8:
+        raise UserError(
+            f"data.source, index {index}: expected a uint8 image of shape ({resolution}, {resolution}, 3),"
+            f" found {image.dtype} of shape {image.shape}"
+        )
+    return image, caption
+
+
+def _numbered_lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from None
+    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _metadata_row(folder: Path, number: int, line: str) -> tuple[Path, str]:
+    where = f"{folder}/metadata.jsonl, line {number}"
+    try:
+        row = json.loads(line)
+        path, caption = folder / row["file_name"], row["text"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: expected file_name and text in {line[:80]!r}") from None
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: expected a string for text, found {caption!r}")
+    if not path.is_file():
+        raise UserError(f"{where}: no such file {row['file_name']!r}")
+    return path, caption

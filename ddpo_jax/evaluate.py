@@ -1,0 +1,40 @@
+"""What a run looks like at fixed prompts and fixed noise: pictures and their rewards."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from ddpo_jax.advantages import combine
+from ddpo_jax.algorithms.ddpo import reward_report
+from ddpo_jax.algorithms.parts import Parts, scored_rollouts
+from ddpo_jax.types import Frozen, Prompts, PyTree
+
+KEY_INDEX = 2**31 - 1  # folded into the run's key; no epoch reaches it
+
+
+class Evaluation(NamedTuple):
+    images: Float32[np.ndarray, "b H W 3"]
+    rewards: Float32[np.ndarray, " b"]  # NaN where missing
+    report: dict[str, float]
+
+
+def evaluate(
+    parts: Parts,
+    params: PyTree,
+    frozen: Frozen,
+    prompts: Prompts,
+    *,
+    key_data: Any,
+    weights: Float32[np.ndarray, " experts"],
+) -> Evaluation:
+    """The pictures of `params` at these prompts, with the same noise whenever it is called in a run."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), KEY_INDEX)
+    images, scores = scored_rollouts(
+        parts, params, frozen, prompts, key, keep=lambda cond, trajectory, images: np.asarray(images)
+    )
+    rewards = combine(scores, weights)
+    return Evaluation(images, rewards, reward_report(parts.reward.names, scores, rewards))

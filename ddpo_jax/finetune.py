@@ -1,0 +1,64 @@
+"""What is trained: all of the denoiser, or low-rank adapters merged into it."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from ddpo_jax.convert import leaf_path
+from ddpo_jax.errors import UserError
+from ddpo_jax.types import Finetune, PyTree
+
+ATTENTION = r"attn[12]/(to_q|to_k|to_v|to_out_0)/kernel$"
+
+
+def full() -> Finetune:
+    """Every parameter of the denoiser."""
+
+    def init(key: Key[Array, ""], pretrained: PyTree) -> PyTree:
+        # A copy: the training state is donated, and must not take the reference policy with it.
+        return jax.tree.map(jnp.array, pretrained)
+
+    def merge(pretrained: PyTree | None, trainable: PyTree) -> PyTree:
+        return trainable
+
+    return Finetune(init, merge, reads_pretrained=False)
+
+
+def lora(*, rank: int, alpha: float, targets: str = ATTENTION) -> Finetune:
+    """W + (α / r) A B on every kernel whose path matches `targets` (Hu et al. 2022, Eq. 3); A, B in float32.
+
+    A is drawn with standard deviation 1/r and B is 0, as in ddpo-pytorch, so that training starts at the checkpoint.
+
+    Raises:
+        UserError: rank is not positive, no kernel matches, or one that matches is not a matrix.
+    """
+    if rank < 1:
+        raise UserError(f"train.lora_rank={rank}: expected 1 or more")
+
+    def init(key: Key[Array, ""], pretrained: PyTree) -> PyTree:
+        factors = {}
+        for path, kernel in jax.tree_util.tree_leaves_with_path(pretrained):
+            name = "/".join(leaf_path(path))
+            if not re.search(targets, name):
+                continue
+            if kernel.ndim != 2:
+                raise UserError(f"train.lora_targets: {name} has shape {kernel.shape}; expected matrices only")
+            rows, columns = kernel.shape
+            key_a = jax.random.fold_in(key, len(factors))
+            factors[name] = {"A": jax.random.normal(key_a, (rows, rank)) / rank, "B": jnp.zeros((rank, columns))}
+        if not factors:
+            raise UserError(f"train.lora_targets={targets!r} matches no kernel of the denoiser")
+        return factors
+
+    def merge(pretrained: PyTree, trainable: PyTree) -> PyTree:
+        def add(path, kernel):
+            factor = trainable.get("/".join(leaf_path(path)))
+            return kernel if factor is None else kernel + (alpha / rank) * factor["A"] @ factor["B"]
+
+        return jax.tree_util.tree_map_with_path(add, pretrained)
+
+    return Finetune(init, merge, reads_pretrained=True)

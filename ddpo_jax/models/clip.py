@@ -1,0 +1,225 @@
+"""CLIP's two towers (Radford et al. 2021), named as transformers names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ddpo_jax.errors import UserError
+from ddpo_jax.models.layers import Dtype, activation, attend, layer_norm
+
+
+class TowerConfig(NamedTuple):
+    """What a text or vision config.json says of the transformer itself."""
+
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    activation: str
+    epsilon: float
+
+
+class TextConfig(NamedTuple):
+    tower: TowerConfig
+    vocab_size: int
+    max_length: int
+    eos_token_id: int
+
+
+class VisionConfig(NamedTuple):
+    tower: TowerConfig
+    image_size: int
+    patch_size: int
+
+
+class CLIPConfig(NamedTuple):
+    text: TextConfig
+    vision: VisionConfig
+    projection_dim: int
+
+
+def tower_config(fields: Mapping[str, Any], *, heads: int) -> TowerConfig:
+    config = TowerConfig(
+        width=fields["hidden_size"],
+        mlp_width=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=fields.get("num_attention_heads", heads),
+        activation=fields.get("hidden_act", "quick_gelu"),
+        epsilon=fields.get("layer_norm_eps", 1e-5),
+    )
+    if config.activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"CLIP config: hidden_act={config.activation!r} is not supported; expected quick_gelu or gelu")
+    return config
+
+
+def text_config(fields: Mapping[str, Any]) -> TextConfig:
+    """The TextConfig of a parsed text_encoder/config.json; absent fields have transformers' defaults."""
+    return TextConfig(
+        tower=tower_config(fields, heads=8),
+        vocab_size=fields.get("vocab_size", 49408),
+        max_length=fields.get("max_position_embeddings", 77),
+        eos_token_id=fields.get("eos_token_id", 49407),
+    )
+
+
+def clip_config(fields: Mapping[str, Any]) -> CLIPConfig:
+    """The CLIPConfig of a parsed config.json of transformers' CLIPModel."""
+    vision = fields["vision_config"]
+    return CLIPConfig(
+        text=text_config(fields["text_config"]),
+        vision=VisionConfig(
+            tower=tower_config(vision, heads=12),
+            image_size=vision.get("image_size", 224),
+            patch_size=vision.get("patch_size", 32),
+        ),
+        projection_dim=fields.get("projection_dim", 512),
+    )
+
+
+class SelfAttention(nn.Module):
+    num_heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "1 1 s s"] | None) -> Float[Array, "b s d"]:
+        query, key, value = (
+            nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        out = attend(query, key, value, num_heads=self.num_heads, mask=mask)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
+
+
+class MLP(nn.Module):
+    config: TowerConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        hidden = activation(self.config.activation)(nn.Dense(self.config.mlp_width, dtype=self.dtype, name="fc1")(x))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+
+
+class EncoderLayer(nn.Module):
+    config: TowerConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "1 1 s s"] | None) -> Float[Array, "b s d"]:
+        config = self.config
+        normed = layer_norm(config.epsilon, self.dtype, "layer_norm1")(x)
+        x = x + SelfAttention(config.num_heads, self.dtype, name="self_attn")(normed, mask)
+        return x + MLP(config, self.dtype, name="mlp")(layer_norm(config.epsilon, self.dtype, "layer_norm2")(x))
+
+
+class Transformer(nn.Module):
+    config: TowerConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "1 1 s s"] | None = None) -> Float[Array, "b s d"]:
+        for i in range(self.config.num_layers):
+            x = EncoderLayer(self.config, self.dtype, name=f"layers_{i}")(x, mask)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    config: TextConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        config, width = self.config, self.config.tower.width
+        words = nn.Embed(config.vocab_size, width, dtype=self.dtype, name="token_embedding")(tokens)
+        positions = nn.Embed(config.max_length, width, dtype=self.dtype, name="position_embedding")(
+            jnp.arange(tokens.shape[1])
+        )
+        return words + positions[None]
+
+
+class CLIPTextModel(nn.Module):
+    """Hidden states of the last layer, normalised (what Stable Diffusion 1.x attends to), and the pooled one."""
+
+    config: TextConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b d"]]:
+        config = self.config
+        causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))[None, None]
+        x = TextEmbeddings(config, self.dtype, name="embeddings")(tokens)
+        x = Transformer(config.tower, self.dtype, name="encoder")(x, causal)
+        x = layer_norm(config.tower.epsilon, self.dtype, "final_layer_norm")(x)
+        # Configs written before transformers 4.31 say eos_token_id=2, which is wrong: there the end is the largest id.
+        ends = tokens if config.eos_token_id == 2 else tokens == config.eos_token_id
+        return x, jnp.take_along_axis(x, ends.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+
+
+class VisionEmbeddings(nn.Module):
+    config: VisionConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b s d"]:
+        config, width = self.config, self.config.tower.width
+        size = (config.patch_size, config.patch_size)
+        patches = nn.Conv(
+            width, size, strides=size, padding="VALID", use_bias=False, dtype=self.dtype, name="patch_embedding"
+        )(pixels.astype(self.dtype))
+        patches = patches.reshape(pixels.shape[0], -1, width)
+        first = self.param("class_embedding", nn.initializers.normal(0.02), (width,)).astype(self.dtype)
+        first = jnp.broadcast_to(first, (pixels.shape[0], 1, width))
+        positions = nn.Embed(patches.shape[1] + 1, width, dtype=self.dtype, name="position_embedding")(
+            jnp.arange(patches.shape[1] + 1)
+        )
+        return jnp.concatenate([first, patches], axis=1) + positions[None]
+
+
+class CLIPVisionModel(nn.Module):
+    """The pooled (class-token) state of an image that was already resized and normalised."""
+
+    config: VisionConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
+        tower = self.config.tower
+        x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(pixels)
+        x = layer_norm(tower.epsilon, self.dtype, "pre_layrnorm")(x)  # transformers' own spelling
+        x = Transformer(tower, self.dtype, name="encoder")(x)
+        return layer_norm(tower.epsilon, self.dtype, "post_layernorm")(x[:, 0])
+
+
+class CLIPModel(nn.Module):
+    """Both towers with their projections, as transformers' CLIPModel."""
+
+    config: CLIPConfig
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        self.text_model = CLIPTextModel(self.config.text, self.dtype)
+        self.vision_model = CLIPVisionModel(self.config.vision, self.dtype)
+        self.text_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
+        self.visual_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+
+    def encode_text(self, tokens: Int[Array, "b s"]) -> Float[Array, "b d"]:
+        """Unit embeddings of tokenised texts, in float32."""
+        return _unit(self.text_projection(self.text_model(tokens)[1]))
+
+    def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
+        """Unit embeddings of resized and normalised images, in float32."""
+        return _unit(self.visual_projection(self.vision_model(pixels)))
+
+    def __call__(self, tokens: Int[Array, "b s"], pixels: Float[Array, "n H W 3"]) -> Float[Array, "n b"]:
+        """Logits of every image for every text."""
+        return jnp.exp(self.logit_scale) * self.encode_image(pixels) @ self.encode_text(tokens).T
+
+
+def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,101 @@
+"""Files of a diffusers folder: JSON, and safetensors to and from Flax trees. Pickles are never opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ddpo_jax import convert
+from ddpo_jax.errors import UserError
+from ddpo_jax.types import PyTree
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-sd"
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+def locate(source: str) -> Path:
+    """The local folder of a model: `tiny`, a path, or a hub id (safetensors, JSON and tokenizer files only).
+
+    Raises:
+        UserError: there is no such folder, and the hub has none either.
+    """
+    if source == "tiny":
+        return TINY
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"pretrained.model={source!r} is a file; expected a diffusers folder, a hub id or 'tiny'")
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"pretrained.model={source!r}: no such folder; expected a diffusers folder, a hub id or 'tiny'")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*/*.json", "*/merges.txt", *(f"{part}/{file}" for part, file in WEIGHTS.items())]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises many unrelated types for "not reachable" and "not there"
+        raise UserError(
+            f"pretrained.model={source!r}: no such folder, and the hub did not give it ({error});"
+            " download it first and give the folder"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a diffusers folder holds it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def read_weights(path: Path, like: PyTree, *, dtype: jnp.dtype, prefix: str = "") -> PyTree:
+    """The Flax tree with the structure of `like` stored in a safetensors file, cast to `dtype`.
+
+    Raises:
+        UserError: the file is missing, truncated, holds other tensors than the network, or a value is not finite.
+    """
+    if not path.is_file():
+        pickles = [*path.parent.glob("*.bin"), *path.parent.glob("*.ckpt"), *path.parent.glob("*.pt")]
+        reason = f"; {pickles[0].name} is a pickle, which can run code and is never opened" if pickles else ""
+        raise UserError(f"{path}: no such file{reason}; save the pipeline with safe_serialization=True")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+    tree = convert.from_torch(convert.without_prefix(tensors, prefix), like, source=str(path))
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor.astype(np.float32).sum()):
+            raise UserError(f"{path}: tensor {name!r} holds values that are not finite")
+    return convert.cast(tree, dtype)
+
+
+def write_weights(path: Path, tree: PyTree, *, dtype: jnp.dtype, prefix: str = "") -> None:
+    """Writes a Flax tree as a safetensors file that torch opens."""
+    tensors = convert.to_torch(convert.cast(tree, dtype))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, fields: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

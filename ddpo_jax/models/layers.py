@@ -1,0 +1,157 @@
+"""Blocks that the UNet, the VAE and CLIP share. NHWC; submodules bear diffusers' own names, as convert.py expects."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Dtype = jnp.dtype
+
+
+def activation(name: str):
+    """The activation function of a `hidden_act` or `act_fn` field."""
+    return {
+        "silu": nn.silu,
+        "swish": nn.silu,
+        "gelu": lambda x: nn.gelu(x, approximate=False),
+        "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    }[name]
+
+
+def group_norm(num_groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.GroupNorm:
+    # The two-pass variance: E[x²] - E[x]² loses digits where a group's mean is large.
+    return nn.GroupNorm(num_groups=num_groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def conv(features: int, size: int, dtype: Dtype, name: str, *, stride: int = 1) -> nn.Conv:
+    """A square convolution padded as torch pads it: by size // 2 on every side."""
+    return nn.Conv(features, (size, size), strides=stride, padding=size // 2, dtype=dtype, name=name)
+
+
+def attend(
+    query: Float[Array, "b q d"],
+    key: Float[Array, "b k d"],
+    value: Float[Array, "b k d"],
+    *,
+    num_heads: int,
+    mask: Bool[Array, "1 1 q k"] | None = None,
+) -> Float[Array, "b q d"]:
+    """Multi-head scaled dot-product attention; softmax in float32."""
+
+    def split(x):
+        return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+    out = jax.nn.dot_product_attention(split(query), split(key), split(value), mask=mask)
+    return out.reshape(query.shape)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions around a residual, conditioned on the time embedding if there is one."""
+
+    features: int
+    num_groups: int
+    epsilon: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], time_embedding: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b h w f"]:
+        hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm1")(x))
+        hidden = conv(self.features, 3, self.dtype, "conv1")(hidden)
+        if time_embedding is not None:
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time_embedding))
+            hidden = hidden + shift[:, None, None, :]
+        hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm2")(hidden))
+        hidden = conv(self.features, 3, self.dtype, "conv2")(hidden)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, self.dtype, "conv_shortcut")(x)
+        return x + hidden
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return conv(x.shape[-1], 3, self.dtype, "conv")(x)
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention of a UNet transformer block."""
+
+    num_heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None) -> Float[Array, "b q d"]:
+        context = x if context is None else context
+        width = x.shape[-1]
+        query = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
+        key = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
+        value = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
+        out = attend(query, key, value, num_heads=self.num_heads)
+        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(out)
+
+
+class GatedLinearUnit(nn.Module):
+    """GEGLU: half of a projection gates the other half through an exact GELU (Shazeer 2020)."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b q d"]) -> Float[Array, "b q f"]:
+        hidden, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return hidden * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b q d"]) -> Float[Array, "b q d"]:
+        hidden = GatedLinearUnit(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each normalised first."""
+
+    num_heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"]) -> Float[Array, "b q d"]:
+        x = x + Attention(self.num_heads, self.dtype, name="attn1")(layer_norm(1e-5, self.dtype, "norm1")(x))
+        x = x + Attention(self.num_heads, self.dtype, name="attn2")(layer_norm(1e-5, self.dtype, "norm2")(x), context)
+        return x + FeedForward(self.dtype, name="ff")(layer_norm(1e-5, self.dtype, "norm3")(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, between two 1x1 convolutions, around a residual."""
+
+    num_heads: int
+    num_groups: int
+    num_blocks: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = x.shape
+        hidden = group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x)
+        hidden = conv(channels, 1, self.dtype, "proj_in")(hidden).reshape(batch, height * width, channels)
+        for i in range(self.num_blocks):
+            hidden = TransformerBlock(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
+        return x + conv(channels, 1, self.dtype, "proj_out")(hidden.reshape(x.shape))

@@ -1,0 +1,121 @@
+"""A diffusion model as a stochastic policy: its denoising steps are actions, with densities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ddpo_jax import losses, process
+from ddpo_jax.errors import UserError
+from ddpo_jax.types import Frozen, Gaussian, Model, Policy, PyTree, Trajectory
+
+
+def make_policy(
+    model: Model, *, num_steps: int, eta: float, guidance_scale: float, log_prob_reduction: str = "mean"
+) -> Policy:
+    """The policy of a model sampled in `num_steps` with noise `eta` under classifier-free guidance.
+
+    guidance_scale 1 turns guidance off and halves the work. log_prob_reduction is `mean` (nats a latent element, as
+    published) or `sum` (nats a latent).
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"sample.eta={eta}: expected 0 (deterministic) to 1, the published value")
+    if log_prob_reduction not in ("mean", "sum"):
+        raise UserError(f"sample.log_prob_reduction={log_prob_reduction!r}: expected 'mean' or 'sum'")
+    predict = _guidance(model.predict, guidance_scale)
+    timesteps = model.process.timesteps(num_steps)
+
+    def transition(
+        params: PyTree,
+        x_t: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        t_next: Float[Array, " b"],
+        cond: PyTree,
+        uncond: PyTree,
+    ) -> Gaussian:
+        return model.process.transition(predict(params, x_t, t, cond, uncond), x_t, t, t_next, eta=eta)
+
+    def log_prob(step: Gaussian, x_next: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+        return process.log_prob(step, x_next, reduce=log_prob_reduction)
+
+    def kl(p: Gaussian, q: Gaussian) -> Float[Array, " b"]:
+        return losses.gaussian_kl(p, q, reduce=log_prob_reduction)
+
+    def rollout(params: PyTree, cond: PyTree, uncond: PyTree, keys: Key[Array, " b"]) -> Trajectory:
+        """One trajectory a key; a sample's noise depends on its own key alone."""
+        count = keys.shape[0]
+
+        def noise(i: Int[Array, ""]) -> Float[Array, "b h w c"]:
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), model.latent_shape))(keys)
+
+        def step(x_t, inputs):
+            i, t, t_next = inputs
+            p = transition(params, x_t, jnp.full(count, t), jnp.full(count, t_next), cond, uncond)
+            x_next = process.sample(p, noise(i))
+            return x_next, (x_next, log_prob(p, x_next), process.stochastic(p))
+
+        x_first = noise(jnp.int32(0))
+        inputs = (jnp.arange(1, num_steps + 1), timesteps[:-1], timesteps[1:])
+        _, (x, log_probs, trained) = jax.lax.scan(step, x_first, inputs)
+        return Trajectory(
+            t=jnp.broadcast_to(timesteps, (count, num_steps + 1)),
+            x=jnp.moveaxis(jnp.concatenate([x_first[None], x]), 0, 1),
+            log_prob=log_probs.T,
+            trained=trained.T,
+        )
+
+    def denoising_error(
+        params: PyTree, x_0: Float[Array, "b h w c"], cond: PyTree, keys: Key[Array, " b"]
+    ) -> Float[Array, " b"]:
+        """E‖network(x_t, t) - target‖² a latent element, at one random t and ε a key (Ho et al. 2020, Eq. 14)."""
+        key_t, key_eps = jax.vmap(jax.random.split, out_axes=1)(keys)
+        t = jax.vmap(lambda key: model.process.sample_timesteps(key, 1)[0])(key_t)
+        eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(key_eps)
+        prediction = model.predict(params, model.process.add_noise(x_0, eps, t), t, cond)
+        return losses.denoising_mse(prediction, model.process.target(x_0, eps, t))
+
+    return Policy(rollout, transition, log_prob, kl, denoising_error)
+
+
+def make_sampler(model: Model, policy: Policy) -> Callable:
+    """One jitted program: params, frozen, tokens (b, s), keys (b,) -> cond, Trajectory, images (b, H, W, 3)."""
+
+    def sample(
+        params: PyTree, frozen: Frozen, tokens: Int[Array, "b s"], keys: Key[Array, " b"]
+    ) -> tuple[PyTree, Trajectory, Float[Array, "b H W 3"]]:
+        cond = model.encode_text(frozen.text, tokens)
+        trajectory = policy.rollout(params, cond, frozen.uncond, keys)
+        return cond, trajectory, model.decode(frozen.vae, trajectory.x[:, -1])
+
+    return jax.jit(sample)
+
+
+def sample_keys(key: Key[Array, ""], first: int, count: int) -> Key[Array, " b"]:
+    """The keys of samples [first, first + count): functions of the global index, whatever the chunk or device."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + count))
+
+
+def _guidance(predict: Callable, scale: float) -> Callable:
+    """The network with guidance, u + w (c - u) (Ho & Salimans 2022, Eq. 6), as one batch; or without."""
+    if scale < 1:
+        raise UserError(f"sample.guidance_scale={scale}: expected 1 (no guidance) or more; 5 is the published value")
+
+    def guided(params, x_t, t, cond, uncond):
+        def both(c, u):
+            return jnp.concatenate([jnp.broadcast_to(u, c.shape), c])
+
+        twice = jax.tree.map(both, cond, uncond)
+        out = predict(params, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), twice)
+        without, with_text = jnp.split(out, 2)
+        return without + scale * (with_text - without)
+
+    def plain(params, x_t, t, cond, uncond):
+        return predict(params, x_t, t, cond)
+
+    return plain if scale == 1 else guided

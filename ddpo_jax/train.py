@@ -1,0 +1,153 @@
+"""The loop: collect, update, log, save; round after round, and on from the last whole round after a stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpo_jax import checkpoint, metrics
+from ddpo_jax.build import Run, about, build, init_state, schedule
+from ddpo_jax.errors import Preempted
+from ddpo_jax.evaluate import evaluate
+from ddpo_jax.export import export
+from ddpo_jax.metrics import Console, Writer
+from ddpo_jax.types import PyTree, TrainState
+from ddpo_jax.update import make_update, optimize, summarize
+from ddpo_jax.workdir import claim
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains what `config` says in `workdir`, from where an earlier run there stopped, and exports the result.
+
+    Raises:
+        UserError: something cannot be used; no work was done.
+        RunStopped, Preempted: the run cannot or may not go on; its last whole round is saved.
+    """
+    with preemption() as check:
+        console = metrics.make_console(check)
+        run = build(config, console.phase)
+        with (
+            claim(workdir, config.to_dict()),
+            checkpoint.open_manager(workdir / "checkpoints", keep=config.keep_checkpoints) as manager,
+        ):
+            state = init_state(run, seed=config.seed, ema=config.train.ema_decay > 0)
+            state = checkpoint.restore_latest(manager, state) or state
+            if not (run.tuning.reads_pretrained or run.algorithm.reads_reference):
+                run = run._replace(frozen=run.frozen._replace(denoiser=None))
+            writer = metrics.make_writer(
+                workdir,
+                first_epoch=int(state.epoch),
+                num_epochs=config.num_epochs,
+                note=console.note,
+                tensorboard=config.tensorboard,
+                wandb_project=config.wandb_project,
+            )
+            for note in run.notes:
+                console.note(note)
+            state = loop(config, run, state, manager, console, writer, workdir)
+            writer.close()
+            params = run.tuning.merge(run.frozen.denoiser, state.params if state.ema is None else state.ema)
+            figures = {"epochs": int(state.epoch), "updates": int(state.step), "reward": run.parts.reward.names}
+            card = about(config, run, name=workdir.name, figures=figures)
+            export(run.folder, workdir / "export", params, about=card)
+            console.note(f"exported to {workdir / 'export'}")
+
+
+def loop(
+    config: ConfigDict, run: Run, state: TrainState, manager, console: Console, writer: Writer, workdir: Path
+) -> TrainState:
+    """The rounds that are left. Whatever stops them, the last whole round is saved."""
+    algorithm, frozen = run.algorithm, run.frozen
+    update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay)
+    merge = jax.jit(run.tuning.merge)
+    previous = (metrics.read(workdir / "metrics.jsonl") or [{}])[-1]
+    skipped = float(state.opt_state.total_notfinite)
+    boundary, checked = checkpoint.host_copy(state), False
+    try:
+        for epoch in range(int(state.epoch), config.num_epochs + 1):
+            reason = algorithm.stop(previous)
+            last = epoch == config.num_epochs or reason is not None
+            if last or epoch == 0 or (config.eval_every and epoch % config.eval_every == 0):
+                shown = merge(frozen.denoiser, state.params if state.ema is None else state.ema)
+                show(run, shown, state, epoch, writer, console)
+            if last:
+                break
+
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
+            key_collect, key_update = jax.random.split(key)
+            params = merge(frozen.denoiser, state.params)
+            batch, carry, report = algorithm.collect(params, frozen, run.draw(epoch), state.carry, key_collect)
+            state, history = optimize(
+                update,
+                algorithm,
+                state,
+                frozen,
+                batch,
+                key_update,
+                schedule=schedule(config),
+                seed=(config.seed, epoch),
+                phase=console.phase,
+            )
+            if history and not checked:
+                algorithm.check(history[0])
+                checked = True
+            state = state._replace(epoch=np.array(epoch + 1, np.int32), carry=carry)
+            seconds = console.seconds()
+            previous = {
+                **report,
+                **summarize(history, skipped),
+                **{f"seconds/{name}": spent for name, spent in seconds.items()},
+                "images_per_second": len(algorithm.slices(batch)) / sum(seconds.values()),
+            }
+            skipped = float(state.opt_state.total_notfinite)
+            writer.scalars(epoch, {"step": int(state.step), **previous})
+            if (epoch + 1) % config.checkpoint_every == 0:
+                checkpoint.save(manager, epoch + 1, state)
+            boundary = checkpoint.host_copy(state)
+        if reason:
+            console.note(f"the run ends here: {reason}")
+        return state
+    finally:
+        # The end, an error, a signal: each leaves the last whole round on disk.
+        if boundary.epoch:
+            checkpoint.save(manager, int(boundary.epoch), boundary)
+
+
+def show(run: Run, params: PyTree, state: TrainState, epoch: int, writer: Writer, console: Console) -> None:
+    """Pictures and rewards at the fixed prompts and noise, before round `epoch`."""
+    for name, prompts in run.eval_prompts.items():
+        found = evaluate(run.parts, params, run.frozen, prompts, key_data=state.key, weights=run.reward_weights)
+        captions = [f"{text} {reward:.3g}" for text, reward in zip(prompts.texts, found.rewards, strict=True)]
+        writer.images(epoch, name, found.images, captions)
+        writer.evaluation(epoch, name, found.report)
+        console.note(
+            f"after {epoch} epochs, {name} prompts: reward {found.report['reward/mean']:.4g}"
+            f" ± {found.report['reward/std']:.2g}"
+        )
+    console.seconds()
+
+
+@contextmanager
+def preemption() -> Iterator[Callable[[], None]]:
+    """A function that raises Preempted once SIGTERM has come."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def check() -> None:
+        if asked.is_set():
+            raise Preempted("SIGTERM: stopped; the same command continues from the last whole round")
+
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: asked.set())
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGTERM, before)

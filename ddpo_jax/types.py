@@ -1,0 +1,125 @@
+"""The types that join the parts: NamedTuples of arrays, and NamedTuples of pure functions. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+PyTree = Any
+
+
+class Gaussian(NamedTuple):
+    """p(x_next | x_t). The rollout samples it, the loss scores it; std is 0 where the transition is deterministic."""
+
+    mean: Float[Array, "b h w c"]
+    std: Float[Array, "b 1 1 1"]
+
+
+class Process(NamedTuple):
+    """A noise process; no network inside."""
+
+    timesteps: Callable  # num_steps -> (T+1,) float32, from pure noise to clean
+    add_noise: Callable  # x_0, eps, t (b,) -> x_t
+    target: Callable  # x_0, eps, t (b,) -> what the network regresses on
+    transition: Callable  # prediction, x_t, t (b,), t_next (b,), *, eta -> Gaussian
+    sample_timesteps: Callable  # key, b -> (b,) float32, the training distribution of t
+
+
+class Model(NamedTuple):
+    """Pure functions of a checkpoint; parameters are always passed in."""
+
+    encode_text: Callable  # text params, tokens (b, s) -> cond, a pytree of (b, ...) arrays
+    predict: Callable  # denoiser params, x_t, t (b,), cond -> (b, h, w, c) float32
+    encode: Callable  # vae params, images (b, H, W, 3) in [0, 1], keys (b,) -> x_0
+    decode: Callable  # vae params, x_0 -> images (b, H, W, 3) float32 in [0, 1]
+    process: Process
+    latent_shape: tuple[int, int, int]
+
+
+class Policy(NamedTuple):
+    """A model, a process and guidance, seen as a stochastic policy over denoising steps."""
+
+    rollout: Callable  # params, cond, uncond, keys (b,) -> Trajectory
+    transition: Callable  # params, x_t, t, t_next, cond, uncond -> Gaussian
+    log_prob: Callable  # Gaussian, x_next -> (b,)
+    kl: Callable  # Gaussian, Gaussian -> (b,), in the units of log_prob
+    denoising_error: Callable  # params, x_0, cond, keys (b,) -> (b,)
+
+
+class Trajectory(NamedTuple):
+    """T+1 states and the T transitions between them; x[:, 0] is noise and x[:, -1] is x_0."""
+
+    t: Float[Array, "b T+1"]
+    x: Float[Array, "b T+1 h w c"]
+    log_prob: Float[Array, "b T"]  # nats; per latent element by default; 0 where not trained
+    trained: Bool[Array, "b T"]  # False where the transition is deterministic
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts, as host data."""
+
+    texts: tuple[str, ...]
+    tokens: Int[Any, "b s"]
+    id: Int[Any, " b"]  # position in the prompt list; per-prompt statistics are kept under it
+    metadata: tuple[Mapping[str, Any], ...]  # whatever the prompt source knows, such as questions and answers
+
+
+class Reward(NamedTuple):
+    """One or more experts. NaN means missing."""
+
+    names: tuple[str, ...]
+    submit: Callable  # reward params, images (b, H, W, 3), Prompts -> pending
+    result: Callable  # pending -> (b, experts) float32 numpy
+    pure: Callable | None  # reward params, images, inputs -> (b,), differentiable; None for a host reward
+
+
+class Finetune(NamedTuple):
+    """What is trained: the whole denoiser, or a small tree merged into it."""
+
+    init: Callable  # key, pretrained -> trainable
+    merge: Callable  # pretrained, trainable -> denoiser params
+    reads_pretrained: bool  # whether merge does
+
+
+class Metrics(NamedTuple):
+    """Per-row diagnostics of a loss, reported as their mean or as their maximum over the rows."""
+
+    mean: Mapping[str, Float[Array, " r"]]
+    max: Mapping[str, Float[Array, " r"]]
+
+
+class Algorithm(NamedTuple):
+    """A training method."""
+
+    init: Callable  # () -> carry, an array pytree that is checkpointed
+    collect: Callable  # params, frozen, inputs of the round, carry, key -> batch, carry, report   (on the host)
+    loss: Callable  # params, frozen, batch, rows, key -> (r,) losses, Metrics   (pure)
+    slices: Callable  # batch -> (b, s) bool numpy: what there is to learn from
+    recompute: Callable | None  # batch, rows, Metrics -> batch, written before the first update; None: not wanted
+    check: Callable  # scalars of a run's very first update -> None; raises if the run cannot be right
+    stop: Callable  # scalars of a round -> why the run should end here, or None
+    reads_reference: bool  # whether loss reads frozen.denoiser
+
+
+class Frozen(NamedTuple):
+    """What is never updated and never checkpointed; `denoiser` is the reference policy."""
+
+    text: PyTree
+    denoiser: PyTree  # None where nothing reads it
+    vae: PyTree
+    uncond: PyTree  # cond of the empty prompt, with a leading axis of 1
+    reward: PyTree
+
+
+class TrainState(NamedTuple):
+    """Exactly what a resume needs. Rounds (epochs) are the only resume points."""
+
+    epoch: Int[Any, ""]
+    step: Int[Any, ""]
+    params: PyTree
+    ema: PyTree | None
+    opt_state: PyTree
+    carry: PyTree
+    key: UInt[Any, "..."]  # jax.random.key_data

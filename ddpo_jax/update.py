@@ -1,0 +1,241 @@
+"""One optimizer step: the gradient of many (sample, slice) rows, accumulated over micro-batches, then optax."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ddpo_jax.errors import RunStopped
+from ddpo_jax.types import Algorithm, Finetune, Frozen, Metrics, PyTree, TrainState
+
+MAX_SKIPPED_IN_A_ROW = 5  # gradients that were not finite
+
+
+class MicroBatch(NamedTuple):
+    """Rows of (sample, slice); those with weight 0 only fill the shape up."""
+
+    rows: Int[np.ndarray, "r 2"]
+    weight: Float[np.ndarray, " r"]
+
+
+class Total(NamedTuple):
+    """Weighted sums over the rows so far."""
+
+    grads: PyTree
+    weight: Float[Array, ""]
+    loss: Float[Array, ""]
+    mean: dict[str, Float[Array, ""]]
+    max: dict[str, Float[Array, ""]]
+
+
+class Update(NamedTuple):
+    """The two jitted programs of an update, driven by a Python loop over micro-batches.
+
+    The loop is Python's on purpose: XLA runs a convolution's backward pass inside `scan` or `cond` ten times slower
+    on CPU, and on accelerators dispatch runs ahead of the device anyway.
+    """
+
+    zero: Callable  # params, frozen, batch, micro_batch, key -> Total of no rows
+    accumulate: Callable  # params, frozen, batch, micro_batch, key, total (donated) -> total, Metrics a row
+    apply: Callable  # state (donated), total -> state, scalars
+
+
+def make_update(
+    algorithm: Algorithm, tuning: Finetune, tx: optax.GradientTransformation, *, ema_decay: float
+) -> Update:
+    """The gradient and optimizer programs of an algorithm. ema_decay 0: state.ema stays None."""
+
+    def objective(params, frozen, batch, micro_batch, key):
+        merged = tuning.merge(frozen.denoiser, params)
+        losses, metrics = algorithm.loss(merged, frozen, batch, micro_batch.rows, key)
+        return jnp.sum(losses * micro_batch.weight), (losses, metrics)
+
+    def accumulate(
+        params: PyTree, frozen: Frozen, batch: PyTree, micro_batch: MicroBatch, key: Key[Array, ""], total: Total
+    ) -> tuple[Total, Metrics]:
+        grads, (losses, metrics) = jax.grad(objective, has_aux=True)(params, frozen, batch, micro_batch, key)
+        weight = micro_batch.weight
+        total = Total(
+            grads=jax.tree.map(jnp.add, total.grads, grads),
+            weight=total.weight + weight.sum(),
+            loss=total.loss + jnp.sum(losses * weight),
+            mean={name: total.mean[name] + jnp.sum(x * weight) for name, x in metrics.mean.items()},
+            max={
+                name: jnp.maximum(total.max[name], jnp.max(jnp.where(weight > 0, x, -jnp.inf)))
+                for name, x in metrics.max.items()
+            },
+        )
+        return total, metrics
+
+    def zero(params: PyTree, frozen: Frozen, batch: PyTree, micro_batch: MicroBatch, key: Key[Array, ""]) -> Total:
+        _, (_, metrics) = jax.eval_shape(objective, params, frozen, batch, micro_batch, key)
+        return Total(
+            grads=jax.tree.map(jnp.zeros_like, params),
+            weight=jnp.zeros(()),
+            loss=jnp.zeros(()),
+            mean={name: jnp.zeros(()) for name in metrics.mean},
+            max={name: jnp.full((), -jnp.inf) for name in metrics.max},
+        )
+
+    def apply(state: TrainState, total: Total) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        grads = jax.tree.map(lambda g: g / total.weight, total.grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+        scalars = {name: value / total.weight for name, value in total.mean.items()}
+        scalars |= total.max | {
+            "loss": total.loss / total.weight,
+            "grad_norm": optax.global_norm(grads),
+            "skipped_in_a_row": opt_state.notfinite_count,
+            "skipped_steps": opt_state.total_notfinite,
+        }
+        return state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), scalars
+
+    return Update(
+        zero=jax.jit(zero),
+        accumulate=jax.jit(accumulate, donate_argnums=5),
+        apply=jax.jit(apply, donate_argnums=0),
+    )
+
+
+def plan(
+    slices: Bool[np.ndarray, "b s"],
+    rng: np.random.Generator,
+    *,
+    num_updates: int,
+    fraction: float,
+    micro_batch_size: int,
+) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of each optimizer step of one pass over a batch.
+
+    Samples are shuffled and dealt to the steps whole; of each sample a random `fraction` of its slices is taken,
+    independently. Rows that are not in `slices` are left out; a step left without rows is left out.
+    """
+    taken = max(1, int(slices.shape[1] * fraction))
+    for samples in np.array_split(rng.permutation(slices.shape[0]), num_updates):
+        order = rng.permuted(np.tile(np.arange(slices.shape[1]), (len(samples), 1)), axis=1)[:, :taken]
+        rows = np.stack([np.repeat(samples, taken), order.reshape(-1)], axis=1)
+        rows = rows[slices[rows[:, 0], rows[:, 1]]]
+        if len(rows):
+            yield _cut(rows.astype(np.int32), micro_batch_size)
+
+
+def _cut(rows: Int[np.ndarray, "n 2"], size: int) -> list[MicroBatch]:
+    """Equal micro-batches; the last is filled up with copies of its first row that weigh nothing."""
+    filler = -len(rows) % size
+    weight = np.concatenate([np.ones(len(rows)), np.zeros(filler)]).astype(np.float32)
+    rows = np.concatenate([rows, np.repeat(rows[-1:], filler, axis=0)])
+    return [MicroBatch(rows[i : i + size], weight[i : i + size]) for i in range(0, len(rows), size)]
+
+
+class Schedule(NamedTuple):
+    """How a round is learned from."""
+
+    num_updates: int  # optimizer steps a pass
+    num_inner_epochs: int  # passes
+    timestep_fraction: float  # of a sample's slices, drawn anew in each pass
+    micro_batch_size: int  # rows a gradient program
+
+
+def optimize(
+    update: Update,
+    algorithm: Algorithm,
+    state: TrainState,
+    frozen: Frozen,
+    batch: PyTree,
+    key: Key[Array, ""],
+    *,
+    schedule: Schedule,
+    seed: tuple[int, int],
+    phase: Callable,
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """The state after a round's updates, and the scalars of each. `state` is donated.
+
+    `seed` is (run, epoch): who is learned from when depends on nothing else.
+
+    Raises:
+        RunStopped: too many gradients in a row were not finite; the parameters are those before them.
+    """
+    slices = algorithm.slices(batch)
+    passes = [
+        list(
+            plan(
+                slices,
+                np.random.default_rng((*seed, i)),
+                num_updates=schedule.num_updates,
+                fraction=schedule.timestep_fraction,
+                micro_batch_size=schedule.micro_batch_size,
+            )
+        )
+        for i in range(schedule.num_inner_epochs)
+    ]
+    if algorithm.recompute:
+        batch = _recompute(
+            update, algorithm, state.params, frozen, batch, list(itertools.chain(*passes[0])), key, phase
+        )
+    history = []
+    with phase("update", sum(len(micro_batches) for one in passes for micro_batches in one)) as advance:
+        for i, one in enumerate(passes):
+            key_pass = jax.random.fold_in(key, i)
+            for micro_batches in one:
+                total = update.zero(state.params, frozen, batch, micro_batches[0], key_pass)
+                for micro_batch in micro_batches:
+                    total, _ = update.accumulate(state.params, frozen, batch, micro_batch, key_pass, total)
+                    jax.block_until_ready(total.weight)
+                    advance(1)
+                state, scalars = update.apply(state, total)
+                history.append({name: float(value) for name, value in scalars.items()})
+                if history[-1]["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+                    raise RunStopped(
+                        f"{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite; the parameters were left as they"
+                        " were before them. Lower train.learning_rate, or look at what the reward pushes to"
+                    )
+    return state, history
+
+
+def summarize(history: list[dict[str, float]], skipped_before: float) -> dict[str, float]:
+    """One round's scalars: means over its updates; the ratio's deviation is that before the first update."""
+    if not history:
+        return {"skipped_steps": 0.0}
+    report = {name: float(np.mean([scalars[name] for scalars in history])) for name in history[0]}
+    del report["skipped_in_a_row"]
+    report["skipped_steps"] = history[-1]["skipped_steps"] - skipped_before
+    if "ratio_max_deviation" in report:
+        report["ratio_max_deviation"] = history[0]["ratio_max_deviation"]
+    return report
+
+
+def _recompute(
+    update: Update,
+    algorithm: Algorithm,
+    params: PyTree,
+    frozen: Frozen,
+    batch: PyTree,
+    micro_batches: list[MicroBatch],
+    key: Key[Array, ""],
+    phase: Callable,
+) -> PyTree:
+    """The batch after algorithm.recompute has seen each row as the first pass's own program computes it.
+
+    The gradients of that program are thrown away: another program, without them, would round differently.
+    """
+    seen = []
+    with phase("recompute", len(micro_batches)) as advance:
+        for micro_batch in micro_batches:
+            total = update.zero(params, frozen, batch, micro_batch, key)
+            _, metrics = update.accumulate(params, frozen, batch, micro_batch, key, total)
+            jax.block_until_ready(metrics)
+            seen.append((micro_batch, metrics))
+            advance(1)
+    for micro_batch, metrics in seen:
+        real = slice(int(micro_batch.weight.sum()))  # the fillers are at the end
+        batch = algorithm.recompute(batch, micro_batch.rows[real], jax.tree.map(operator.itemgetter(real), metrics))
+    return batch

@@ -1,0 +1,87 @@
+"""A run's folder: one run at a time, one config for ever."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ddpo_jax.errors import UserError
+
+# What may change when a run is continued: how long it goes on, what it tells, and how it waits. Nothing it computes.
+MAY_DIFFER = (
+    "num_epochs",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_every",
+    "compilation_cache",
+    "tensorboard",
+    "wandb_project",
+    "reward.deadline",
+    "reward.num_workers",
+)
+
+
+@contextmanager
+def claim(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Holds the folder for this run, and keeps its config in config.json.
+
+    Raises:
+        UserError: the folder cannot be written, another run is in it, or it belongs to another config.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); give a folder of yours") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--workdir={workdir}: another run is in it; wait for it or give another folder") from None
+        _keep_config(workdir / "config.json", flatten(config))
+        yield
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file's content, so that a reader sees the old or the new one, whole."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train.learning_rate": 1e-5, ...}` of nested mappings, with JSON values."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.loads(json.dumps(value))
+    return flat
+
+
+def _keep_config(path: Path, config: dict[str, Any]) -> None:
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path}: not valid JSON; restore it or give another --workdir") from None
+        differ = [
+            f"{name}: {before.get(name)!r} there, {config.get(name)!r} now"
+            for name in sorted(before.keys() | config.keys())
+            if name not in MAY_DIFFER and before.get(name) != config.get(name)
+        ]
+        if differ:
+            raise UserError(
+                f"{path.parent} holds a run with another config ({'; '.join(differ)});"
+                " give the same config to continue it, or another --workdir"
+            )
+    write_atomically(path, json.dumps(config, indent=2) + "\n")
