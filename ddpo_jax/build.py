@@ -18,7 +18,7 @@ from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.policy import make_policy, make_sampler
-from ddpo_jax.types import Algorithm, Finetune, Frozen, Prompts, TrainState
+from ddpo_jax.types import Algorithm, Finetune, Frozen, Prompts, PyTree, TrainState
 from ddpo_jax.update import Schedule
 from ddpo_jax.workdir import flatten
 
@@ -70,7 +70,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         )
     prompt_sets, notes = load_prompts(config.prompts, tokenizer)
     uncond = model.encode_text(pretrained.text, jnp.asarray(data.tokenize(tokenizer, [""])))
-    frozen = jax.device_put(Frozen(pretrained.text, pretrained.denoiser, pretrained.vae, uncond, reward_params))
+    frozen = on_device(Frozen(pretrained.text, pretrained.denoiser, pretrained.vae, uncond, reward_params))
     parts = Parts(model, policy, make_sampler(model, policy), reward, phase, config.sample.chunk_size)
 
     train_set, train_tokens = prompt_sets["train"]
@@ -98,16 +98,24 @@ def build(config: ConfigDict, phase: Callable) -> Run:
 def init_state(run: Run, *, seed: int, ema: bool) -> TrainState:
     """The state of a run that has not begun."""
     key = jax.random.key(seed)
-    params = jax.jit(run.tuning.init)(key, run.frozen.denoiser)
+    params = on_device(jax.jit(run.tuning.init)(key, run.frozen.denoiser))
     return TrainState(
         epoch=np.array(0, np.int32),
-        step=jnp.zeros((), jnp.int32),
+        step=on_device(jnp.zeros((), jnp.int32)),
         params=params,
-        ema=jax.tree.map(jnp.array, params) if ema else None,
-        opt_state=jax.jit(run.tx.init)(params),
+        ema=on_device(jax.tree.map(jnp.array, params)) if ema else None,
+        opt_state=on_device(jax.jit(run.tx.init)(params)),
         carry=run.algorithm.init(),
-        key=jax.random.key_data(key),
+        key=on_device(jax.random.key_data(key)),
     )
+
+
+def on_device(tree: PyTree) -> PyTree:
+    """The tree committed to the first device.
+
+    Restored arrays are committed too; a program compiles anew, and may round anew, for arrays that are not.
+    """
+    return jax.device_put(tree, jax.devices()[0])
 
 
 def load_prompts(config: ConfigDict, tokenizer) -> tuple[dict[str, tuple], tuple[str, ...]]:

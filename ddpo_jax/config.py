@@ -18,7 +18,7 @@ OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
-    """The config and the workdir of a command line, program name left out; the workdir is runs/<config name> by default.
+    """The config and the workdir (runs/<config name> by default) of a command line, program name left out.
 
     Raises:
         UserError: a flag, a field or a value is wrong.

@@ -73,7 +73,7 @@ def find_too_long(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> tuple[str, 
     return tuple(text for text, length in zip(texts, lengths, strict=True) if length > tokenizer.model_max_length)
 
 
-def prompt_source(name: str, texts: Sequence[str] = ()) -> PromptSet:
+def prompt_source(name: str, texts: Sequence[Any] = ()) -> PromptSet:
     """The prompts of `texts` if there are any, else of a built-in set or a UTF-8 file with one prompt a line.
 
     Raises:
@@ -199,7 +199,7 @@ PROMPT_SETS = {
 }
 
 
-def _from_texts(texts: Sequence[str], origin: str) -> PromptSet:
+def _from_texts(texts: Sequence[Any], origin: str) -> PromptSet:
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{origin}: {text!r} is not a prompt; expected text")

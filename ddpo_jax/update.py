@@ -157,7 +157,7 @@ def optimize(
     seed: tuple[int, int],
     phase: Callable,
 ) -> tuple[TrainState, list[dict[str, float]]]:
-    """The state after a round's updates, and the scalars of each. `state` is donated.
+    """The state after a round's updates, and the scalars of each. What `state` has learned is donated.
 
     `seed` is (run, epoch): who is learned from when depends on nothing else.
 
@@ -182,23 +182,25 @@ def optimize(
             update, algorithm, state.params, frozen, batch, list(itertools.chain(*passes[0])), key, phase
         )
     history = []
+    # Only what is learned goes through the program: host arrays in it would compile a second one.
+    learned = state._replace(epoch=None, carry=None, key=None)
     with phase("update", sum(len(micro_batches) for one in passes for micro_batches in one)) as advance:
         for i, one in enumerate(passes):
             key_pass = jax.random.fold_in(key, i)
             for micro_batches in one:
-                total = update.zero(state.params, frozen, batch, micro_batches[0], key_pass)
+                total = update.zero(learned.params, frozen, batch, micro_batches[0], key_pass)
                 for micro_batch in micro_batches:
-                    total, _ = update.accumulate(state.params, frozen, batch, micro_batch, key_pass, total)
+                    total, _ = update.accumulate(learned.params, frozen, batch, micro_batch, key_pass, total)
                     jax.block_until_ready(total.weight)
                     advance(1)
-                state, scalars = update.apply(state, total)
+                learned, scalars = update.apply(learned, total)
                 history.append({name: float(value) for name, value in scalars.items()})
                 if history[-1]["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
                     raise RunStopped(
                         f"{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite; the parameters were left as they"
                         " were before them. Lower train.learning_rate, or look at what the reward pushes to"
                     )
-    return state, history
+    return learned._replace(epoch=state.epoch, carry=state.carry, key=state.key), history
 
 
 def summarize(history: list[dict[str, float]], skipped_before: float) -> dict[str, float]:
