@@ -1,7 +1,7 @@
 """The embedded model's UNet, trained from scratch by sft on rendered animals.
 
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,unet
-python -m ddpo_jax.main --config=configs/tiny.py --config.pretrained.model=runs/tiny/model --workdir=runs/tiny/unet
+python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=publish
 """
 
@@ -13,14 +13,14 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.algorithm = "sft"
-    config.num_epochs = 60
+    config.num_epochs = 50
     config.checkpoint_every = 1
     config.eval_every = 5
     config.eval_prompts = 45
     config.pretrained.model = "runs/tiny/model"
     config.data.source = "ddpo_jax.tiny.render:render"
-    config.data.batch_size = 2048
-    config.data.num_noise_draws = 2
+    config.data.batch_size = 1024
+    config.data.num_noise_draws = 4
     config.data.prompt_dropout = 0.1
     config.sample.num_steps = 20
     config.sample.guidance_scale = 3.0
@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.train.num_updates = 64
     config.train.micro_batch_size = 64
     config.train.learning_rate = 1e-3
-    config.train.num_warmup_steps = 200
-    config.train.num_decay_steps = 60 * 64
+    config.train.num_warmup_steps = 100
+    config.train.num_decay_steps = 50 * 64
     config.train.adam_weight_decay = 1e-3
     config.train.ema_decay = 0.998
     return config

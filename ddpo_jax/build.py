@@ -18,7 +18,7 @@ from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.policy import make_policy, make_sampler
-from ddpo_jax.types import Algorithm, Finetune, Frozen, Prompts, PyTree, TrainState
+from ddpo_jax.types import Algorithm, Finetune, Frozen, Model, Prompts, PyTree, TrainState
 from ddpo_jax.update import Schedule
 from ddpo_jax.workdir import flatten
 
@@ -91,7 +91,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         },
         reward_weights=reward_weights,
         folder=pretrained.folder,
-        notes=notes,
+        notes=(*notes, *describe(config, model, run_length=config.num_epochs)),
     )
 
 
@@ -116,6 +116,24 @@ def on_device(tree: PyTree) -> PyTree:
     Restored arrays are committed too; a program compiles anew, and may round anew, for arrays that are not.
     """
     return jax.device_put(tree, jax.devices()[0])
+
+
+def describe(config: ConfigDict, model: Model, *, run_length: int) -> tuple[str, ...]:
+    """What follows from the config's numbers, for people to check before they wait."""
+    if config.algorithm == "sft":
+        samples = config.data.batch_size
+    else:
+        samples = config.sample.num_prompts * config.sample.num_samples_per_prompt
+    updates = config.train.num_updates * config.train.num_inner_epochs
+    lines = [f"{run_length} epochs of {samples} samples and {updates} updates"]
+    if config.algorithm == "ddpo_is" and config.sample.log_prob_reduction == "mean":
+        size = int(np.prod(model.latent_shape))
+        nats = config.train.clip_range * size
+        lines.append(
+            f"clip range {config.train.clip_range:g} a latent element: {nats:.3g} nats of a step's whole log-ratio"
+            f" ({size} elements)"
+        )
+    return tuple(lines)
 
 
 def load_prompts(config: ConfigDict, tokenizer) -> tuple[dict[str, tuple], tuple[str, ...]]:
@@ -234,6 +252,8 @@ def check_counts(config: ConfigDict) -> None:
         "keep_checkpoints": config.keep_checkpoints,
         "eval_prompts": config.eval_prompts,
     }
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed}: expected 0 or more")
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name}={value}: expected 1 or more")

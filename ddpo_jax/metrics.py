@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,7 +236,8 @@ def _wandb(project: str) -> Callable[[Path], Board]:
     def make(workdir: Path) -> Board:
         import wandb
 
-        run = wandb.init(project=project, name=workdir.name, dir=str(workdir), resume="allow")
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.absolute())).hex  # a continued run stays one run
+        run = wandb.init(project=project, id=identity, name=workdir.name, dir=str(workdir), resume="allow")
 
         def scalars(epoch: int, values: Mapping[str, float]) -> None:
             run.log({"epoch": epoch, **values})

@@ -32,6 +32,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """
     with preemption() as check:
         console = metrics.make_console(check)
+        metrics.check_boards(config.tensorboard, config.wandb_project)
         run = build(config, console.phase)
         with (
             claim(workdir, config.to_dict()),

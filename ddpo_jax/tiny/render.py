@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from ddpo_jax.data import with_article
 from ddpo_jax.tiny.sprites import COLUMNS, EMOJI, SHEET, SIZE
 
 RESOLUTION = 64
@@ -42,10 +43,6 @@ def render(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
         kind = f"{color} {pattern}".strip()
         caption += f" on {with_article(kind)} background"
     return picture, caption
-
-
-def with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _background(rng: np.random.Generator, color: Float[np.ndarray, "3"], pattern: str) -> Float[np.ndarray, "64 64 3"]:
