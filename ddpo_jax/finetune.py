@@ -34,16 +34,21 @@ def lora(*, rank: int, alpha: float, targets: str = ATTENTION) -> Finetune:
     A is drawn with standard deviation 1/r and B is 0, as in ddpo-pytorch, so that training starts at the checkpoint.
 
     Raises:
-        UserError: rank is not positive, no kernel matches, or one that matches is not a matrix.
+        UserError: rank is not positive, `targets` is not a pattern, no kernel matches, or one that matches is not a
+            matrix.
     """
     if rank < 1:
         raise UserError(f"train.lora_rank={rank}: expected 1 or more")
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise UserError(f"train.lora_targets={targets!r}: not a regular expression ({error})") from None
 
     def init(key: Key[Array, ""], pretrained: PyTree) -> PyTree:
         factors = {}
         for path, kernel in jax.tree_util.tree_leaves_with_path(pretrained):
             name = "/".join(leaf_path(path))
-            if not re.search(targets, name):
+            if not pattern.search(name):
                 continue
             if kernel.ndim != 2:
                 raise UserError(f"train.lora_targets: {name} has shape {kernel.shape}; expected matrices only")

@@ -27,10 +27,10 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
         train(config, workdir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RunStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {one_line(error)}", file=sys.stderr)
         return EXIT_STOPPED
     except Preempted as error:
         print(error, file=sys.stderr)
@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command continues from the last whole round", file=sys.stderr)
         return 130
     return 0
+
+
+def one_line(error: Exception) -> str:
+    """The message without the line breaks that libraries put into theirs."""
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 import uuid
@@ -78,7 +79,7 @@ def make_console(check: Callable[[], None]) -> Console:
         return result
 
     def note(text: str) -> None:
-        console.print(text, markup=False)
+        console.print(text, markup=False, emoji=False)
         sys.stdout.flush()
 
     return Console(phase, seconds, note)
@@ -138,7 +139,8 @@ def summary(epoch: int, num_epochs: int, values: Mapping[str, float], seconds_le
     """One line for people; what is not there is left out."""
     parts = [f"epoch {epoch + 1}/{num_epochs}"]
     if "reward/mean" in values:
-        parts.append(f"reward {values['reward/mean']:.4g} ± {values['reward/std']:.2g}")
+        spread = f" ± {values['reward/std']:.2g}" if "reward/std" in values else ""
+        parts.append(f"reward {values['reward/mean']:.4g}{spread}")
     if values.get("reward/missing"):
         parts.append(f"missing {values['reward/missing']:g}")
     for key, label in (
@@ -161,10 +163,12 @@ def summary(epoch: int, num_epochs: int, values: Mapping[str, float], seconds_le
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds one strict-JSON line: what is not finite becomes null."""
+    """Adds one strict-JSON line, on disk when this returns: what is not finite becomes null."""
     clean = {name: _plain(value) for name, value in row.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def sample_keys(key: Key[Array, ""], first: int, count: int) -> Key[Array, " b"]
 
 def _guidance(predict: Callable, scale: float) -> Callable:
     """The network with guidance, u + w (c - u) (Ho & Salimans 2022, Eq. 6), as one batch; or without."""
-    if scale < 1:
+    if not scale >= 1:  # NaN too
         raise UserError(f"sample.guidance_scale={scale}: expected 1 (no guidance) or more; 5 is the published value")
 
     def guided(params, x_t, t, cond, uncond):

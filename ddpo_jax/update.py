@@ -184,14 +184,16 @@ def optimize(
     history = []
     # Only what is learned goes through the program: host arrays in it would compile a second one.
     learned = state._replace(epoch=None, carry=None, key=None)
+    before = None
     with phase("update", sum(len(micro_batches) for one in passes for micro_batches in one)) as advance:
         for i, one in enumerate(passes):
             key_pass = jax.random.fold_in(key, i)
             for micro_batches in one:
                 total = update.zero(learned.params, frozen, batch, micro_batches[0], key_pass)
                 for micro_batch in micro_batches:
-                    total, _ = update.accumulate(learned.params, frozen, batch, micro_batch, key_pass, total)
-                    jax.block_until_ready(total.weight)
+                    total, metrics = update.accumulate(learned.params, frozen, batch, micro_batch, key_pass, total)
+                    jax.block_until_ready(before)  # one program is always under way
+                    before = metrics
                     advance(1)
                 learned, scalars = update.apply(learned, total)
                 history.append({name: float(value) for name, value in scalars.items()})

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Key
 
+from ddpo_jax import rewards
 from ddpo_jax.policy import sample_keys
 from ddpo_jax.types import Frozen, Model, Policy, Prompts, PyTree, Reward
 
@@ -42,11 +43,11 @@ def scored_rollouts(
     kept, pending = [], []
     with parts.phase("rollout", count) as advance:
         for first in range(0, count, size):
-            chunk = take(prompts, np.minimum(np.arange(first, first + size), count - 1))
+            chunk = rewards.take(prompts, np.minimum(np.arange(first, first + size), count - 1))
             cond, trajectory, images = parts.sample(params, frozen, chunk.tokens, sample_keys(key, first, size))
             pending.append(parts.reward.submit(frozen.reward, images, chunk))
             kept.append(keep(cond, trajectory, images))
-            jax.block_until_ready(images)
+            jax.block_until_ready(kept[-2:-1])  # the chunk before: one is always under way
             advance(min(size, count - first))
     scores = []
     with parts.phase("reward", count) as advance:
@@ -54,16 +55,6 @@ def scored_rollouts(
             scores.append(parts.reward.result(pending.pop(0)))
             advance(min(size, count - size * (len(scores) - 1)))
     return jax.tree.map(lambda *chunks: concatenate(chunks, count), *kept), np.concatenate(scores)[:count]
-
-
-def take(prompts: Prompts, indices: np.ndarray) -> Prompts:
-    """The prompts at `indices`."""
-    return Prompts(
-        texts=tuple(prompts.texts[i] for i in indices),
-        tokens=np.asarray(prompts.tokens)[indices],
-        id=np.asarray(prompts.id)[indices],
-        metadata=tuple(prompts.metadata[i] for i in indices),
-    )
 
 
 def concatenate(chunks: tuple, count: int):

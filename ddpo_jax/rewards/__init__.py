@@ -7,7 +7,6 @@ picture makes an excellent JPEG. A non-finite score, infinity too, is missing as
 from __future__ import annotations
 
 import difflib
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
@@ -113,7 +112,7 @@ def on_host(
         if present.any():
             shown = pixels[present]
             _check_pixels(name, float(shown.min()), float(shown.max()))
-            scores[present] = _call(name, fn, shown, prepare, _take(prompts, present))
+            scores[present] = _call(name, fn, shown, prepare, take(prompts, np.flatnonzero(present)))
         return scores
 
     def submit(params: PyTree, images: Float[Any, "b H W 3"], prompts: Prompts) -> tuple[Any, Future]:
@@ -225,12 +224,13 @@ def _call(
     return _finite_or_missing(scores)
 
 
-def _take(prompts: Prompts, rows: Bool[np.ndarray, " b"]) -> Prompts:
+def take(prompts: Prompts, indices: Int[np.ndarray, " n"]) -> Prompts:
+    """The prompts at these positions of the batch."""
     return Prompts(
-        texts=tuple(itertools.compress(prompts.texts, rows)),
-        tokens=np.asarray(prompts.tokens)[rows],
-        id=np.asarray(prompts.id)[rows],
-        metadata=tuple(itertools.compress(prompts.metadata, rows)),
+        texts=tuple(prompts.texts[i] for i in indices),
+        tokens=np.asarray(prompts.tokens)[indices],
+        id=np.asarray(prompts.id)[indices],
+        metadata=tuple(prompts.metadata[i] for i in indices),
     )
 
 

@@ -1,0 +1,100 @@
+"""The imports follow the order of the design: a file imports only from files to its left."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
+
+# As in the design, which names no place for four: `workdir` and `config` stand beside `errors` and `plugins`;
+# `export` and `build` as far to the left as what they read allows.
+ORDER = [
+    *("types", "errors", "plugins", "workdir", "config"),
+    *("process", "losses", "advantages", "sharding", "convert", "models", "policy", "finetune", "optimizers"),
+    *("rewards", "algorithms", "update", "data", "metrics", "report", "checkpoint", "export", "evaluate", "build"),
+    *("train", "main"),
+]
+ASIDE = "tiny"  # makes the embedded model: reads anything but main, and is read by nothing else
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path) for path in FILES}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The full name of each module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            # `from ddpo_jax import losses` imports a module, `from ddpo_jax.losses import ppo_clip` a name of one
+            yield from (
+                name if name in MODULES or not node.module.startswith("ddpo_jax") else node.module for name in names
+            )
+
+
+def room(module: str) -> str:
+    """`models` of `ddpo_jax.models.unet`; empty for the package itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def rooms_read(path: Path) -> set[str]:
+    inside = {room(name) for name in imported(path) if name.split(".")[0] == "ddpo_jax"}
+    return inside - {room(module_name(path)), ""}
+
+
+parametrize = pytest.mark.parametrize("path", FILES, ids=module_name)
+
+
+@parametrize
+def test_a_file_imports_only_from_files_to_its_left(path):
+    own, read = room(module_name(path)), rooms_read(path)
+    if own == ASIDE:
+        assert "main" not in read
+    elif own:
+        assert own in ORDER, f"{path.name}: give {own!r} its place in ORDER"
+        right = [name for name in read if name not in ORDER[: ORDER.index(own)]]
+        assert not right, f"{own} may not import {right}"
+    else:
+        assert not read
+
+
+@parametrize
+def test_only_models_import_linen(path):
+    if room(module_name(path)) != "models":
+        assert not [name for name in imported(path) if name.startswith("flax.linen")]
+
+
+@parametrize
+def test_nothing_imports_pickle(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "shelve"}
+
+
+@pytest.mark.skipif(not (PACKAGE / "sharding.py").exists(), reason="one device so far")
+@parametrize
+def test_only_sharding_names_mesh_axes(path):
+    if room(module_name(path)) != "sharding":
+        names = {name.rpartition(".")[2] for name in imported(path)}
+        assert not names & {"Mesh", "AbstractMesh", "NamedSharding", "PartitionSpec"}
+        # the other way to them: jax.make_mesh, jax.P, jax.sharding.PartitionSpec
+        attributes = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute)
+        }
+        assert not attributes & {"make_mesh", "Mesh", "AbstractMesh", "NamedSharding", "PartitionSpec"}
+
+
+def test_every_room_is_read_into_the_test():
+    assert {"types", "models", "rewards", "algorithms", "tiny"} <= {room(name) for name in MODULES}
