@@ -24,6 +24,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "ml_collections>=1.1.0",
         "transformers>=5,<6",  # tokenizers only
+        "tokenizers>=0.22",
         "safetensors>=0.5",
         "huggingface_hub>=0.34",
         "numpy>=2.0",

@@ -23,6 +23,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
     Raises:
         UserError: a flag, a field or a value is wrong.
     """
+    argv = joined(argv)
     plain = _flags([arg for arg in argv if not OVERRIDE.match(arg)])
     if not plain.config:
         raise UserError(f"--config is missing; usage: {USAGE}")
@@ -36,6 +37,17 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
     values = _flags(argv)
     name = Path(values["config"].config_filename.split(":")[0]).stem
     return values.config, Path(values.workdir or Path("runs") / name).expanduser()
+
+
+def joined(argv: list[str]) -> list[str]:
+    """The arguments with `--config.field value` written as `--config.field=value`."""
+    result: list[str] = []
+    for arg in argv:
+        if result and OVERRIDE.match(result[-1]) and "=" not in result[-1] and not arg.startswith("-"):
+            result[-1] += f"={arg}"
+        else:
+            result.append(arg)
+    return result
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:
@@ -52,8 +64,8 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
     try:
         rest = values(argv)
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{error}; usage: {USAGE}") from error
+    except Exception as error:  # a config file is Python, and may raise anything
+        raise UserError(f"{error} ({type(error).__name__}); usage: {USAGE}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; usage: {USAGE}")
     return values

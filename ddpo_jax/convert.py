@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.types import PyTree
@@ -124,6 +125,6 @@ def _modern(name: str) -> str:
     return name
 
 
-def cast(tree: PyTree, dtype: np.dtype) -> PyTree:
+def cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """The tree with every leaf as a numpy array of `dtype`."""
     return jax.tree.map(lambda x: np.asarray(x, dtype), tree)

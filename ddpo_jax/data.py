@@ -1,19 +1,17 @@
-"""Prompts and captioned images. A round's batch is a pure function of (seed, epoch), so a resume needs no position."""
+"""Prompts and their tokens. A round's prompts are a pure function of (seed, epoch), so a resume needs no position."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Int, Int32
 from transformers import CLIPTokenizer
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.plugins import load_object
 from ddpo_jax.types import Prompts
 
 PROMPTS = Path(__file__).parent / "assets" / "prompts"
@@ -34,21 +32,16 @@ class PromptSet(NamedTuple):
     metadata: tuple[dict[str, Any], ...]  # such as questions and answers for a judge
 
 
-class ImageText(NamedTuple):
-    """Captioned images by index."""
-
-    get: Callable  # index -> (H, W, 3) uint8, caption
-    length: int | None  # None: any index
-
-
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The CLIP tokenizer of a diffusers folder, from vocab.json and merges.txt or from tokenizer.json.
 
     Raises:
         UserError: the files are missing or broken.
     """
-    has_pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    if not has_pair and not (folder / "tokenizer.json").is_file():
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if vocab.is_file() and merges.is_file():
+        _check_whole(vocab, merges)
+    elif not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"{folder}: expected vocab.json and merges.txt, or tokenizer.json; the model folder is not whole"
         )
@@ -59,6 +52,18 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     if tokenizer.model_max_length > LONGEST:
         raise UserError(f"{folder}/tokenizer_config.json: expected model_max_length, such as 77; copy the file anew")
     return tokenizer
+
+
+def _check_whole(vocab: Path, merges: Path) -> None:
+    # A vocabulary is 256 bytes, the same at a word's end, one entry a merge, and two specials. Fewer merges than that
+    # would split words another way, and say nothing.
+    try:
+        num_entries = len(json.loads(vocab.read_text(encoding="utf-8")))
+        num_merges = sum(1 for line in merges.read_text(encoding="utf-8").split("\n")[1:] if line.strip())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{vocab.parent}: not a CLIP tokenizer ({error})") from None
+    if num_merges < num_entries - 514:
+        raise UserError(f"{merges}: {num_merges} merges; {vocab.name} expects {num_entries - 514}. Copy the file anew")
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
@@ -211,95 +216,3 @@ def _from_texts(texts: Sequence[Any], origin: str) -> PromptSet:
 
 def _choose(prompts: PromptSet, ids: Int[np.ndarray, " b"]) -> PromptSet:
     return PromptSet(tuple(prompts.texts[i] for i in ids), tuple(prompts.metadata[i] for i in ids))
-
-
-def image_text(source: str, *, resolution: int) -> ImageText:
-    """Captioned images of a folder, or of a function of yours.
-
-    A folder holds metadata.jsonl with `file_name` and `text` (Hugging Face's imagefolder layout); its images are
-    turned upright, cut to a centred square and resized. `module:function` is called as function(index) -> (H, W, 3)
-    uint8, caption, for any index from 0 to below 2^63, and gives the right size itself.
-
-    Raises:
-        UserError: there is no such folder or function, or a line of metadata.jsonl cannot be used.
-    """
-    folder = Path(source).expanduser()
-    if ":" in source and not folder.exists():
-        return ImageText(load_object(source), None)
-    if not (folder / "metadata.jsonl").is_file():
-        found = "a folder without it" if folder.is_dir() else "no such folder"
-        raise UserError(f"data.source={source!r}: {found}; expected a folder with metadata.jsonl, or module:function")
-    rows = [_metadata_row(folder, number, line) for number, line in _numbered_lines(folder / "metadata.jsonl")]
-    if not rows:
-        raise UserError(f"data.source={source!r}: metadata.jsonl holds no image")
-
-    def get(index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        path, caption = rows[index]
-        return load_image(path, resolution), caption
-
-    return ImageText(get, len(rows))
-
-
-def image_text_batch(
-    source: ImageText, *, batch_size: int, seed: int, epoch: int, resolution: int
-) -> tuple[Float32[np.ndarray, "b H W 3"], tuple[str, ...]]:
-    """A round's images, in [0, 1], and captions. A finite source is walked in passes, each shuffled anew."""
-    first = epoch * batch_size
-    if source.length is None:
-        indices = [seed * 1_000_000_007 + first + i for i in range(batch_size)]
-    else:
-        walks = [divmod(first + i, source.length) for i in range(batch_size)]
-        orders = {walk: np.random.default_rng((seed, walk)).permutation(source.length) for walk, _ in walks}
-        indices = [int(orders[walk][position]) for walk, position in walks]
-    pairs = [_checked(source.get(index), index, resolution) for index in indices]
-    images, captions = zip(*pairs, strict=True)
-    return np.stack(images).astype(np.float32) / 255, tuple(captions)
-
-
-def load_image(path: Path, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB, turned upright as its EXIF says, cut to a centred square and resized."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError where a PNG is broken
-        raise UserError(f"{path}: not a picture that can be read ({error})") from None
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
-
-
-def _checked(pair: Any, index: int, resolution: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-    try:
-        image, caption = pair
-    except (TypeError, ValueError):
-        raise UserError(f"data.source, index {index}: expected (image, caption), found {type(pair).__name__}") from None
-    if not isinstance(caption, str):
-        raise UserError(f"data.source, index {index}: expected a caption, found {type(caption).__name__}")
-    image = np.asarray(image)
-    # Not only the shape: floats in [0, 1], taken for 0 to 255, would train on black pictures without a word.
-    if image.shape != (resolution, resolution, 3) or image.dtype != np.uint8:
-        raise UserError(
-            f"data.source, index {index}: expected a uint8 image of shape ({resolution}, {resolution}, 3),"
-            f" found {image.dtype} of shape {image.shape}"
-        )
-    return image, caption
-
-
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from None
-    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-
-
-def _metadata_row(folder: Path, number: int, line: str) -> tuple[Path, str]:
-    where = f"{folder}/metadata.jsonl, line {number}"
-    try:
-        row = json.loads(line)
-        path, caption = folder / row["file_name"], row["text"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where}: expected file_name and text in {line[:80]!r}") from None
-    if not isinstance(caption, str):
-        raise UserError(f"{where}: expected a string for text, found {caption!r}")
-    if not path.is_file():
-        raise UserError(f"{where}: no such file {row['file_name']!r}")
-    return path, caption

@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from ddpo_jax.advantages import combine
-from ddpo_jax.algorithms.ddpo import reward_report
-from ddpo_jax.algorithms.parts import Parts, scored_rollouts
+from ddpo_jax.algorithms.parts import Parts, reward_report, scored_rollouts
 from ddpo_jax.types import Frozen, Prompts, PyTree
 
 KEY_INDEX = 2**31 - 1  # folded into the run's key; no epoch reaches it

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from ddpo_jax.models.folder import WEIGHTS, read_json, write_json, write_weights
+from ddpo_jax.models.folder import WEIGHTS, read_json, write_json, write_tensors, write_weights
 from ddpo_jax.models.stable_diffusion import TEXT_PREFIX
 from ddpo_jax.types import PyTree
 
@@ -24,6 +23,7 @@ PIPELINE = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -39,14 +39,14 @@ def export(source: Path, target: Path, denoiser: PyTree, *, about: Mapping[str, 
     new = target.with_name(target.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    scheduler = read_json(source / "scheduler" / "scheduler_config.json").get("_class_name", "DDIMScheduler")
-    write_json(new / "model_index.json", {**PIPELINE, "scheduler": ["diffusers", scheduler]})
-    for part in ("unet", "vae", "text_encoder"):
+    write_json(new / "model_index.json", PIPELINE)
+    for part in ("unet", "vae"):
         write_json(new / part / "config.json", read_json(source / part / "config.json"))
     write_weights(new / "unet" / WEIGHTS["unet"], denoiser, dtype=np.float32)
     shutil.copy(source / "vae" / WEIGHTS["vae"], new / "vae")
-    _write_text_encoder(source / "text_encoder" / WEIGHTS["text_encoder"], new / "text_encoder")
-    shutil.copytree(source / "scheduler", new / "scheduler")
+    _write_text_encoder(source / "text_encoder", new / "text_encoder")
+    fields = read_json(source / "scheduler" / "scheduler_config.json")
+    write_json(new / "scheduler" / "scheduler_config.json", ddim_config(fields))
     _write_tokenizer(source / "tokenizer", new / "tokenizer")
     (new / "README.md").write_text(model_card(about), encoding="utf-8")
 
@@ -73,10 +73,9 @@ def model_card(about: Mapping[str, Any]) -> str:
         f"Fine-tuned from `{about['model']}` with ddpo_jax ({about['algorithm']}).",
         "",
         "```python",
-        "from diffusers import DDIMScheduler, StableDiffusionPipeline",
+        "from diffusers import StableDiffusionPipeline",
         "",
         'pipeline = StableDiffusionPipeline.from_pretrained("this folder")',
-        "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)",
         f"images = pipeline({about['prompt']!r}, num_inference_steps={about['num_steps']},"
         f" guidance_scale={about['guidance_scale']}, eta={about['eta']}).images",
         "```",
@@ -98,12 +97,40 @@ def model_card(about: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ddim_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The DDIM scheduler that samples as process.py does, from any scheduler's config: nothing is left to a default."""
+    kept = {
+        name: fields[name]
+        for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "steps_offset")
+        if name in fields
+    }
+    return {
+        "_class_name": "DDIMScheduler",
+        **kept,
+        "clip_sample": False,
+        "prediction_type": fields.get("prediction_type", "epsilon"),
+        "rescale_betas_zero_snr": False,
+        "set_alpha_to_one": fields.get("set_alpha_to_one", True),
+        "thresholding": False,
+        "timestep_spacing": fields.get("timestep_spacing", "leading"),
+    }
+
+
 def _write_text_encoder(source: Path, folder: Path) -> None:
+    # diffusers loads the other parts in float32 unless told otherwise, transformers in what the config says.
+    config = {name: value for name, value in read_json(source / "config.json").items() if name != "dtype"}
+    write_json(folder / "config.json", {**config, "torch_dtype": "float32"})
     # With the prefix old and new diffusers load it; without it the old ones keep random weights.
-    with safe_open(source, "np") as file:
-        metadata = file.metadata() or {}
-    tensors = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in load_file(source).items()}
-    save_file(tensors, folder / source.name, metadata={**metadata, "format": "pt"})
+    tensors = load_file(source / WEIGHTS["text_encoder"])
+    write_tensors(
+        folder / WEIGHTS["text_encoder"],
+        {
+            TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor
+            if np.issubdtype(tensor.dtype, np.integer)
+            else tensor.astype(np.float32)
+            for name, tensor in tensors.items()
+        },
+    )
 
 
 def _write_tokenizer(source: Path, folder: Path) -> None:

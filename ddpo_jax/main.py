@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ddpo_jax.config import parse
 from ddpo_jax.errors import Preempted, RunStopped, UserError
+
+HELP = f"""{__doc__}
+
+Every field of the config is described in configs/base.py. The workdir is runs/<config name> by default; the same
+command continues the run that is in it."""
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 3
@@ -16,16 +25,21 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a training; the exit status. Errors that a user can mend are one line on standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(HELP)
+        return 0
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
     try:
-        config, workdir = parse(sys.argv[1:] if argv is None else argv)
-        import jax
+        with preemptible():
+            config, workdir = parse(argv)
+            import jax  # after the signal handler and the flags: it takes seconds
 
-        from ddpo_jax.train import train
+            from ddpo_jax.train import train
 
-        if config.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-        train(config, workdir)
+            if config.compilation_cache:
+                jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+            train(config, workdir)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -39,6 +53,24 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command continues from the last whole round", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """Raises Preempted in the main thread at the first SIGTERM; later ones are ignored while the run is saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Preempted("SIGTERM: stopped; the same command continues from the last whole round")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def one_line(error: Exception) -> str:

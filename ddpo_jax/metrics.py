@@ -25,6 +25,7 @@ from ddpo_jax.workdir import write_atomically
 
 TILE = 128  # pixels; smaller pictures are enlarged by a whole factor
 CAPTION = 14  # pixels under a picture
+PLAIN_EVERY = 30  # seconds
 
 
 class Console(NamedTuple):
@@ -51,23 +52,28 @@ class Rate(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
-def make_console(check: Callable[[], None]) -> Console:
-    """Bars on a terminal, plain lines elsewhere. `check` is called at every advance; it may raise to end the phase."""
+def make_console() -> Console:
+    """Bars on a terminal; elsewhere plain lines, and one every PLAIN_EVERY seconds of a long phase."""
     console = RichConsole(soft_wrap=True, highlight=False)
     spent: dict[str, float] = {}
 
     @contextmanager
     def phase(name: str, total: int) -> Iterator[Callable[[int], None]]:
         columns = (TextColumn(f"{name:>8}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        begin = time.monotonic()
+        begin = said = time.monotonic()
+        done = 0
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(name, total=total)
 
             def advance(count: int) -> None:
+                nonlocal said, done
+                done += count
                 progress.advance(task, count)
-                check()
+                now = time.monotonic()
+                if not console.is_terminal and now - said >= PLAIN_EVERY:
+                    said, rate = now, done / (now - begin)
+                    note(f"  {name} {done}/{total}  {rate:.2g}/s  {(total - done) / rate:.0f} s left")
 
-            check()
             try:
                 yield advance
             finally:
@@ -99,7 +105,7 @@ def make_writer(
     Raises:
         UserError: TensorBoard or wandb is asked for and not installed.
     """
-    boards = [make(workdir) for make in _boards(tensorboard, wandb_project)]
+    boards = [make(workdir, first_epoch) for make in _boards(tensorboard, wandb_project)]
     metrics, evaluations = workdir / "metrics.jsonl", workdir / "evaluations.jsonl"
     drop_later(metrics, first_epoch)
     drop_later(evaluations, first_epoch)
@@ -221,10 +227,10 @@ class Board(NamedTuple):
     close: Callable
 
 
-def _tensorboard(workdir: Path) -> Board:
+def _tensorboard(workdir: Path, first_epoch: int) -> Board:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(workdir / "tensorboard"))
+    writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_epoch)
 
     def scalars(epoch: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -236,8 +242,8 @@ def _tensorboard(workdir: Path) -> Board:
     return Board(scalars, image, writer.close)
 
 
-def _wandb(project: str) -> Callable[[Path], Board]:
-    def make(workdir: Path) -> Board:
+def _wandb(project: str) -> Callable[[Path, int], Board]:
+    def make(workdir: Path, first_epoch: int) -> Board:
         import wandb
 
         identity = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.absolute())).hex  # a continued run stays one run
@@ -263,7 +269,7 @@ def check_boards(tensorboard: bool, wandb_project: str) -> None:
             raise UserError(f"config.{extra} needs the package {module}: pip install 'ddpo_jax[{extra}]'")
 
 
-def _boards(tensorboard: bool, wandb_project: str) -> list[Callable[[Path], Board]]:
+def _boards(tensorboard: bool, wandb_project: str) -> list[Callable[[Path, int], Board]]:
     check_boards(tensorboard, wandb_project)
     return ([_tensorboard] if tensorboard else []) + ([_wandb(wandb_project)] if wandb_project else [])
 

@@ -24,7 +24,7 @@ def load_object(spec: str) -> Callable:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         raise UserError(f"{spec!r}: the module could not be imported ({type(error).__name__}: {error})") from error
     try:
         function = getattr(module, name)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -13,11 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax import checkpoint, metrics
-from ddpo_jax.build import Run, about, build, init_state, schedule
-from ddpo_jax.errors import Preempted
+from ddpo_jax.build import Run, about, build, init_state
 from ddpo_jax.evaluate import evaluate
 from ddpo_jax.export import export
 from ddpo_jax.metrics import Console, Writer
+from ddpo_jax.settings import schedule
 from ddpo_jax.types import PyTree, TrainState
 from ddpo_jax.update import make_update, optimize, summarize
 from ddpo_jax.workdir import claim
@@ -30,14 +28,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
         UserError: something cannot be used; no work was done.
         RunStopped, Preempted: the run cannot or may not go on; its last whole round is saved.
     """
-    with preemption() as check:
-        console = metrics.make_console(check)
-        metrics.check_boards(config.tensorboard, config.wandb_project)
+    console = metrics.make_console()
+    metrics.check_boards(config.tensorboard, config.wandb_project)
+    with claim(workdir, config.to_dict()) as keep_config:
         run = build(config, console.phase)
-        with (
-            claim(workdir, config.to_dict()),
-            checkpoint.open_manager(workdir / "checkpoints", keep=config.keep_checkpoints) as manager,
-        ):
+        keep_config()
+        with checkpoint.open_manager(workdir / "checkpoints", keep=config.keep_checkpoints) as manager:
             state = init_state(run, seed=config.seed, ema=config.train.ema_decay > 0)
             state = checkpoint.restore_latest(manager, state) or state
             if not (run.tuning.reads_pretrained or run.algorithm.reads_reference):
@@ -52,8 +48,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
             )
             for note in run.notes:
                 console.note(note)
-            state = loop(config, run, state, manager, console, writer, workdir)
-            writer.close()
+            try:
+                state = loop(config, run, state, manager, console, writer, workdir)
+            finally:
+                writer.close()
             params = run.tuning.merge(run.frozen.denoiser, state.params if state.ema is None else state.ema)
             figures = {"epochs": int(state.epoch), "updates": int(state.step), "reward": run.parts.reward.names}
             card = about(config, run, name=workdir.name, figures=figures)
@@ -70,11 +68,11 @@ def loop(
     merge = jax.jit(run.tuning.merge)
     previous = (metrics.read(workdir / "metrics.jsonl") or [{}])[-1]
     skipped = float(state.opt_state.total_notfinite)
-    boundary, checked = checkpoint.host_copy(state), False
+    boundary, check = checkpoint.host_copy(state), algorithm.check
     try:
-        for epoch in range(int(state.epoch), config.num_epochs + 1):
+        for epoch in itertools.count(int(state.epoch)):
             reason = algorithm.stop(previous)
-            last = epoch == config.num_epochs or reason is not None
+            last = epoch >= config.num_epochs or reason is not None
             if last or epoch == 0 or (config.eval_every and epoch % config.eval_every == 0):
                 shown = merge(frozen.denoiser, state.params if state.ema is None else state.ema)
                 show(run, shown, state, epoch, writer, console)
@@ -83,8 +81,9 @@ def loop(
 
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
             key_collect, key_update = jax.random.split(key)
-            params = merge(frozen.denoiser, state.params)
-            batch, carry, report = algorithm.collect(params, frozen, run.draw(epoch), state.carry, key_collect)
+            batch, carry, report = algorithm.collect(
+                merge(frozen.denoiser, state.params), frozen, run.draw(epoch), state.carry, key_collect
+            )
             state, history = optimize(
                 update,
                 algorithm,
@@ -95,10 +94,9 @@ def loop(
                 schedule=schedule(config),
                 seed=(config.seed, epoch),
                 phase=console.phase,
+                check=check,
             )
-            if history and not checked:
-                algorithm.check(history[0])
-                checked = True
+            check = pass_over
             state = state._replace(epoch=np.array(epoch + 1, np.int32), carry=carry)
             seconds = console.seconds()
             previous = {
@@ -109,9 +107,9 @@ def loop(
             }
             skipped = float(state.opt_state.total_notfinite)
             writer.scalars(epoch, {"step": int(state.step), **previous})
-            if (epoch + 1) % config.checkpoint_every == 0:
-                checkpoint.save(manager, epoch + 1, state)
             boundary = checkpoint.host_copy(state)
+            if (epoch + 1) % config.checkpoint_every == 0:
+                checkpoint.save(manager, epoch + 1, boundary)
         if reason:
             console.note(f"the run ends here: {reason}")
         return state
@@ -135,20 +133,5 @@ def show(run: Run, params: PyTree, state: TrainState, epoch: int, writer: Writer
     console.seconds()
 
 
-@contextmanager
-def preemption() -> Iterator[Callable[[], None]]:
-    """A function that raises Preempted once SIGTERM has come."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-
-    def check() -> None:
-        if asked.is_set():
-            raise Preempted("SIGTERM: stopped; the same command continues from the last whole round")
-
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: asked.set())
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def pass_over(scalars: Mapping[str, float]) -> None:
+    """The check of every round but the first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -37,7 +36,7 @@ class Total(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The two jitted programs of an update, driven by a Python loop over micro-batches.
+    """The jitted programs of an update, driven by a Python loop over micro-batches.
 
     The loop is Python's on purpose: XLA runs a convolution's backward pass inside `scan` or `cond` ten times slower
     on CPU, and on accelerators dispatch runs ahead of the device anyway.
@@ -87,13 +86,18 @@ def make_update(
 
     def apply(state: TrainState, total: Total) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         grads = jax.tree.map(lambda g: g / total.weight, total.grads)
+        norm = optax.tree.norm(grads)
+        # A norm that overflows would be clipped to a step of 0 and pass for a good one.
+        grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, jnp.nan), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+        # The average forgets the start sooner while it is young, as in diffusers' EMAModel and the ADM code.
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - decay)
         scalars = {name: value / total.weight for name, value in total.mean.items()}
         scalars |= total.max | {
             "loss": total.loss / total.weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": norm,
             "skipped_in_a_row": opt_state.notfinite_count,
             "skipped_steps": opt_state.total_notfinite,
         }
@@ -119,7 +123,7 @@ def plan(
     Samples are shuffled and dealt to the steps whole; of each sample a random `fraction` of its slices is taken,
     independently. Rows that are not in `slices` are left out; a step left without rows is left out.
     """
-    taken = max(1, int(slices.shape[1] * fraction))
+    taken = max(1, round(slices.shape[1] * fraction))
     for samples in np.array_split(rng.permutation(slices.shape[0]), num_updates):
         order = rng.permuted(np.tile(np.arange(slices.shape[1]), (len(samples), 1)), axis=1)[:, :taken]
         rows = np.stack([np.repeat(samples, taken), order.reshape(-1)], axis=1)
@@ -129,7 +133,7 @@ def plan(
 
 
 def _cut(rows: Int[np.ndarray, "n 2"], size: int) -> list[MicroBatch]:
-    """Equal micro-batches; the last is filled up with copies of its first row that weigh nothing."""
+    """Equal micro-batches; the last is filled up with copies of the last row that weigh nothing."""
     filler = -len(rows) % size
     weight = np.concatenate([np.ones(len(rows)), np.zeros(filler)]).astype(np.float32)
     rows = np.concatenate([rows, np.repeat(rows[-1:], filler, axis=0)])
@@ -156,10 +160,11 @@ def optimize(
     schedule: Schedule,
     seed: tuple[int, int],
     phase: Callable,
+    check: Callable,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """The state after a round's updates, and the scalars of each. What `state` has learned is donated.
 
-    `seed` is (run, epoch): who is learned from when depends on nothing else.
+    `seed` is (run, epoch): who is learned from when depends on nothing else. `check` sees the first update's scalars.
 
     Raises:
         RunStopped: too many gradients in a row were not finite; the parameters are those before them.
@@ -169,7 +174,7 @@ def optimize(
         list(
             plan(
                 slices,
-                np.random.default_rng((*seed, i)),
+                np.random.default_rng((*seed, 1 + i)),  # (run, epoch) alone draws the prompts
                 num_updates=schedule.num_updates,
                 fraction=schedule.timestep_fraction,
                 micro_batch_size=schedule.micro_batch_size,
@@ -178,9 +183,8 @@ def optimize(
         for i in range(schedule.num_inner_epochs)
     ]
     if algorithm.recompute:
-        batch = _recompute(
-            update, algorithm, state.params, frozen, batch, list(itertools.chain(*passes[0])), key, phase
-        )
+        micro_batches = _first_seen(passes, schedule.micro_batch_size)
+        batch = _recompute(update, algorithm, state.params, frozen, batch, micro_batches, key, phase)
     history = []
     # Only what is learned goes through the program: host arrays in it would compile a second one.
     learned = state._replace(epoch=None, carry=None, key=None)
@@ -197,6 +201,8 @@ def optimize(
                     advance(1)
                 learned, scalars = update.apply(learned, total)
                 history.append({name: float(value) for name, value in scalars.items()})
+                if len(history) == 1 and not history[0]["skipped_in_a_row"]:
+                    check(history[0])
                 if history[-1]["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
                     raise RunStopped(
                         f"{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite; the parameters were left as they"
@@ -206,15 +212,24 @@ def optimize(
 
 
 def summarize(history: list[dict[str, float]], skipped_before: float) -> dict[str, float]:
-    """One round's scalars: means over its updates; the ratio's deviation is that before the first update."""
+    """One round's scalars: means over the updates that were made; the ratio's deviation is that before the first."""
     if not history:
         return {"skipped_steps": 0.0}
-    report = {name: float(np.mean([scalars[name] for scalars in history])) for name in history[0]}
+    made = [scalars for scalars in history if not scalars["skipped_in_a_row"]] or history[:1]
+    report = {name: float(np.mean([scalars[name] for scalars in made])) for name in made[0]}
     del report["skipped_in_a_row"]
     report["skipped_steps"] = history[-1]["skipped_steps"] - skipped_before
     if "ratio_max_deviation" in report:
         report["ratio_max_deviation"] = history[0]["ratio_max_deviation"]
     return report
+
+
+def _first_seen(passes: list[list[list[MicroBatch]]], micro_batch_size: int) -> list[MicroBatch]:
+    """The micro-batches of the first pass, and all other rows that later passes will come to."""
+    first, *later = ([micro_batch for step in one for micro_batch in step] for one in passes)
+    seen = {tuple(row) for micro_batch in first for row in micro_batch.rows.tolist()}
+    rows = {tuple(row) for one in later for micro_batch in one for row in micro_batch.rows.tolist()} - seen
+    return first + (_cut(np.array(sorted(rows), np.int32), micro_batch_size) if rows else [])
 
 
 def _recompute(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,45 @@ MAY_DIFFER = (
     "wandb_project",
     "reward.deadline",
     "reward.num_workers",
+    "reward.max_missing",
 )
 
 
 @contextmanager
-def claim(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Holds the folder for this run, and keeps its config in config.json.
+def claim(workdir: Path, config: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """Holds the folder for this run; gives a function that keeps the config in config.json.
+
+    Until that is called nothing stays behind: a folder made here is removed again.
 
     Raises:
-        UserError: the folder cannot be written, another run is in it, or it belongs to another config.
+        UserError: the folder cannot be written, another run is in it, or it holds rounds of another config.
     """
+    flat = flatten(config)
+    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
     except OSError as error:
+        _remove_empty(made)
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); give a folder of yours") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"--workdir={workdir}: another run is in it; wait for it or give another folder") from None
-        _keep_config(workdir / "config.json", flatten(config))
-        yield
+        try:
+            _check_config(workdir, flat)
+            yield lambda: write_atomically(workdir / "config.json", json.dumps(flat, indent=2) + "\n")
+        finally:
+            if {path.name for path in workdir.iterdir()} == {".lock"}:
+                (workdir / ".lock").unlink()
+                _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -68,20 +85,21 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _keep_config(path: Path, config: dict[str, Any]) -> None:
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path}: not valid JSON; restore it or give another --workdir") from None
-        differ = [
-            f"{name}: {before.get(name)!r} there, {config.get(name)!r} now"
-            for name in sorted(before.keys() | config.keys())
-            if name not in MAY_DIFFER and before.get(name) != config.get(name)
-        ]
-        if differ:
-            raise UserError(
-                f"{path.parent} holds a run with another config ({'; '.join(differ)});"
-                " give the same config to continue it, or another --workdir"
-            )
-    write_atomically(path, json.dumps(config, indent=2) + "\n")
+def _check_config(workdir: Path, config: dict[str, Any]) -> None:
+    path = workdir / "config.json"
+    if not path.exists() or not any(entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*")):
+        return  # no round was finished: there is nothing to continue, and a mended config may take the folder over
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; restore it or give another --workdir") from None
+    differ = [
+        f"{name}: {before.get(name)!r} there, {config.get(name)!r} now"
+        for name in sorted(before.keys() | config.keys())
+        if name not in MAY_DIFFER and before.get(name) != config.get(name)
+    ]
+    if differ:
+        raise UserError(
+            f"{workdir} holds a run with another config ({'; '.join(differ)});"
+            " give the same config to continue it, or another --workdir"
+        )

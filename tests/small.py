@@ -101,5 +101,5 @@ def write_folder(folder: Path, *, seed: int = 0, scheduler: dict | None = None) 
         write_json(folder / part / "config.json", config)
         write_weights(folder / part / WEIGHTS[part], params, dtype=np.float32, prefix=prefix)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler or SCHEDULER)
-    write_json(folder / "model_index.json", {**PIPELINE, "scheduler": ["diffusers", "DDIMScheduler"]})
+    write_json(folder / "model_index.json", PIPELINE)
     return folder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_jax import data
+from ddpo_jax import data, image_text
 from ddpo_jax.errors import UserError
 from ddpo_jax.plugins import load_object
 
@@ -52,11 +52,11 @@ def write_pictures(folder, count, extra=""):
         Image.new("RGB", (12, 8), (i, 0, 0)).save(folder / f"{i}.png")
     rows = [json.dumps({"file_name": f"{i}.png", "text": str(i)}) for i in range(count)]
     (folder / "metadata.jsonl").write_text("\n".join([*rows, extra]), encoding="utf-8")
-    return data.image_text(str(folder), resolution=4)
+    return image_text.open_source(str(folder), resolution=4)
 
 
 def captions_of(source, *, epoch, seed=0, batch_size=4):
-    return data.image_text_batch(source, batch_size=batch_size, seed=seed, epoch=epoch, resolution=4)[1]
+    return image_text.make_batch(source, batch_size=batch_size, seed=seed, epoch=epoch, resolution=4)[1]
 
 
 # The tokenizer
@@ -257,11 +257,11 @@ def test_passes_over_a_folder_hold_each_picture_once(tmp_path):
 
 def test_pictures_keep_their_captions_and_lie_between_0_and_1(tmp_path):
     source = write_pictures(tmp_path, 6)
-    images, captions = data.image_text_batch(source, batch_size=6, seed=0, epoch=0, resolution=4)
+    images, captions = image_text.make_batch(source, batch_size=6, seed=0, epoch=0, resolution=4)
     np.testing.assert_allclose(images[:, 0, 0, 0] * 255, [int(caption) for caption in captions], rtol=1e-6)
     white = tmp_path / "white.png"
     Image.new("L", (5, 5), 255).save(white)
-    assert (data.load_image(white, 4) == 255).all()
+    assert (image_text.load_image(white, 4) == 255).all()
 
 
 def test_picture_is_upright_and_cut_at_its_centre(tmp_path):
@@ -274,14 +274,14 @@ def test_picture_is_upright_and_cut_at_its_centre(tmp_path):
     exif[0x0112] = 6  # orientation: stored turned by 90 degrees against the clock
     path = tmp_path / "turned.png"
     Image.fromarray(np.rot90(shown).copy()).save(path, exif=exif)
-    np.testing.assert_array_equal(data.load_image(path, 4), shown[:, 4:8])
+    np.testing.assert_array_equal(image_text.load_image(path, 4), shown[:, 4:8])
 
 
 def test_caption_may_hold_any_character(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     row = json.dumps({"file_name": "x.png", "text": "a\u2028b\x85c"}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_text(f"\ufeff{row}\n\n", encoding="utf-8")
-    assert captions_of(data.image_text(str(tmp_path), resolution=4), epoch=0, batch_size=1) == ("a\u2028b\x85c",)
+    assert captions_of(image_text.open_source(str(tmp_path), resolution=4), epoch=0, batch_size=1) == ("a\u2028b\x85c",)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_metadata_line_that_cannot_be_used(tmp_path, line, message):
 def test_folder_that_cannot_be_used(tmp_path):
     for source, message in [(tmp_path, "a folder without it"), (tmp_path / "gone", "no such folder")]:
         with pytest.raises(UserError, match=message):
-            data.image_text(str(source), resolution=4)
+            image_text.open_source(str(source), resolution=4)
     with pytest.raises(UserError, match="holds no image"):
         write_pictures(tmp_path, 0)
     source = write_pictures(tmp_path, 1)
@@ -327,7 +327,7 @@ def user_module(tmp_path, monkeypatch):
 
 def test_function_of_the_users_own_never_gives_the_same_index_twice(user_module):
     name = user_module("user_pictures", "import numpy as np\ndef get(i): return np.zeros((4, 4, 3), 'uint8'), str(i)\n")
-    source = data.image_text(f"{name}:get", resolution=4)
+    source = image_text.open_source(f"{name}:get", resolution=4)
     assert source.length is None
     seen = [captions_of(source, seed=seed, epoch=epoch) for seed in (0, 1, 42) for epoch in range(3)]
     assert len(set(sum(seen, ()))) == 9 * 4
@@ -344,7 +344,7 @@ def test_function_of_the_users_own_never_gives_the_same_index_twice(user_module)
     ],
 )
 def test_function_of_the_users_own_that_gives_something_else(value, message):
-    source = data.ImageText(lambda index: eval(value, {"np": np}), None)
+    source = image_text.ImageText(lambda index: eval(value, {"np": np}), None)
     with pytest.raises(UserError, match=re.escape(message)):
         captions_of(source, epoch=0)
 

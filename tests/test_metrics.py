@@ -131,7 +131,7 @@ def test_time_left_is_in_a_unit_that_reads_well(seconds_left, said):
 
 
 def test_away_from_a_terminal_there_are_plain_lines_only(capsys):
-    console = metrics.make_console(lambda: None)
+    console = metrics.make_console()
     for name in ("rollout", "reward", "update"):
         with console.phase(name, 4) as advance:
             advance(2)
@@ -141,9 +141,9 @@ def test_away_from_a_terminal_there_are_plain_lines_only(capsys):
 
 
 def test_seconds_add_up_by_phase_and_start_again_once_read(monkeypatch):
-    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
+    clock = iter([0.0, 0.5, 1.0, 10.0, 11.0, 12.0, 20.0, 21.0, 24.0])  # begin, advance, end
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    console = metrics.make_console(lambda: None)
+    console = metrics.make_console()
     for name in ("rollout", "update", "rollout"):
         with console.phase(name, 1) as advance:
             advance(1)
@@ -151,19 +151,20 @@ def test_seconds_add_up_by_phase_and_start_again_once_read(monkeypatch):
     assert console.seconds() == {}
 
 
-def test_a_check_that_raises_ends_the_phase_and_its_time_is_kept():
-    asked = []
-
-    def check():
-        if asked:
-            raise KeyboardInterrupt
-
-    console = metrics.make_console(check)
-    with pytest.raises(KeyboardInterrupt), console.phase("update", 2) as advance:
-        advance(1)
-        asked.append(True)
-        advance(1)
+def test_a_phase_that_is_broken_off_keeps_its_time():
+    console = metrics.make_console()
+    with pytest.raises(KeyboardInterrupt), console.phase("update", 2):
+        raise KeyboardInterrupt
     assert console.seconds().keys() == {"update"}
+
+
+def test_a_long_phase_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 40.0, 45.0, 46.0])
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with metrics.make_console().phase("rollout", 16) as advance:
+        for _ in range(3):
+            advance(4)
+    assert capsys.readouterr().out == "  rollout 8/16  0.2/s  40 s left\n"
 
 
 # pictures

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddpo_jax.algorithms import ddpo, sft
 from ddpo_jax.algorithms.parts import Parts
-from ddpo_jax.errors import UserError
+from ddpo_jax.process import choose
 from ddpo_jax.types import Algorithm
 
 ALGORITHMS = {
@@ -23,6 +23,4 @@ def make(name: str, parts: Parts, settings: Mapping[str, Any]) -> Algorithm:
     Raises:
         UserError: there is no such method.
     """
-    if name not in ALGORITHMS:
-        raise UserError(f"algorithm={name!r} is unknown: expected one of {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name](parts, **settings)
+    return choose(ALGORITHMS, name, "algorithm")(parts, **settings)

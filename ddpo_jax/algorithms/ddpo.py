@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpo_jax import advantages, losses
-from ddpo_jax.algorithms.parts import Parts, scored_rollouts
+from ddpo_jax.algorithms.parts import Parts, reward_report, scored_rollouts
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree, Trajectory
 
@@ -21,7 +21,7 @@ class Scoring(NamedTuple):
     """From scores to advantages."""
 
     advantages: advantages.Advantages
-    weights: tuple[float, ...]  # of the experts
+    weights: Float[np.ndarray, " experts"]
     adv_clip_max: float
     max_missing: float  # fraction of a round
 
@@ -64,22 +64,21 @@ def importance_sampling(
 
     def check(first: Mapping[str, float]) -> None:
         deviation, allowed = first["ratio_max_deviation"], RATIO_TOLERANCE * clip_range
-        if not deviation <= allowed:
+        if deviation > allowed:
             raise RunStopped(
                 f"before the first update the importance ratio is off 1 by {deviation:.1e}, more than "
                 f"{RATIO_TOLERANCE} x train.clip_range = {allowed:.1e}: rounding would be learned from."
                 " Set train.old_log_prob=recompute, or compute in float32, or widen train.clip_range"
             )
 
-    once = old_log_prob == "recompute" and num_updates == 1
-    again = old_log_prob == "recompute" and num_updates > 1
+    recompute = old_log_prob == "recompute"
     return _algorithm(
         parts,
-        on_policy if once else surrogate,
+        on_policy if recompute and num_updates == 1 else surrogate,
         scoring=scoring,
         kl_weight=kl_weight,
         kl_budget=kl_budget,
-        recompute=_write_log_prob if again else None,
+        recompute=_write_log_prob if recompute and num_updates > 1 else None,
         check=check,
     )
 
@@ -119,7 +118,6 @@ def _algorithm(
     check: Callable,
 ) -> Algorithm:
     reads_reference = kl_weight > 0 or kl_budget > 0
-    weights = np.asarray(scoring.weights, np.float32)
 
     def collect(
         params: PyTree, frozen: Frozen, prompts: Prompts, carry: PyTree, key: Key[Array, ""]
@@ -127,8 +125,8 @@ def _algorithm(
         (cond, trajectory), scores = scored_rollouts(
             parts, params, frozen, prompts, key, keep=lambda cond, trajectory, images: (cond, trajectory)
         )
-        advantages.check_missing(scores, weights, max_missing=scoring.max_missing, names=parts.reward.names)
-        rewards = advantages.combine(scores, weights)
+        advantages.check_missing(scores, scoring.weights, max_missing=scoring.max_missing, names=parts.reward.names)
+        rewards = advantages.combine(scores, scoring.weights)
         advantage, weight, carry = scoring.advantages.update(carry, prompts.id, rewards)
         advantage = advantages.clip(advantage, adv_clip_max=scoring.adv_clip_max)
         return Rollouts(cond, trajectory, advantage, weight), carry, reward_report(parts.reward.names, scores, rewards)
@@ -157,28 +155,12 @@ def _algorithm(
         return np.asarray(batch.trajectory.trained) & (np.asarray(batch.weight) > 0)[:, None]
 
     def stop(scalars: Mapping[str, float]) -> str | None:
-        kl = scalars.get("kl_reference", 0.0)
-        if 0 < kl_budget <= kl:
+        kl = scalars.get("kl_reference")
+        if kl_budget > 0 and kl is not None and kl >= kl_budget:
             return f"the KL to the reference is {kl:.2e} nats a step; train.kl_budget is {kl_budget:.2e}"
         return None
 
     return Algorithm(scoring.advantages.init, collect, loss, slices, recompute, check, stop, reads_reference)
-
-
-def reward_report(
-    names: tuple[str, ...], scores: Float[np.ndarray, "b experts"], rewards: Float[np.ndarray, " b"]
-) -> dict[str, float]:
-    """Mean and standard deviation of the rewards that are there, how many are missing, and each expert's mean."""
-    found = rewards[np.isfinite(rewards)]
-    report = {
-        "reward/mean": float(found.mean()) if len(found) else float("nan"),
-        "reward/std": float(found.std()) if len(found) else float("nan"),
-        "reward/missing": len(rewards) - len(found),
-    }
-    for name, column in zip(names, scores.T, strict=True):
-        seen = column[np.isfinite(column)]
-        report[f"reward/{name}"] = float(seen.mean()) if len(seen) else float("nan")
-    return report
 
 
 def _write_log_prob(batch: Rollouts, rows: Int[Any, "r 2"], metrics: Metrics) -> Rollouts:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Key
+from jaxtyping import Float, Float32, Key
 
 from ddpo_jax import rewards
 from ddpo_jax.policy import sample_keys
@@ -55,6 +55,22 @@ def scored_rollouts(
             scores.append(parts.reward.result(pending.pop(0)))
             advance(min(size, count - size * (len(scores) - 1)))
     return jax.tree.map(lambda *chunks: concatenate(chunks, count), *kept), np.concatenate(scores)[:count]
+
+
+def reward_report(
+    names: tuple[str, ...], scores: Float[np.ndarray, "b experts"], rewards: Float[np.ndarray, " b"]
+) -> dict[str, float]:
+    """Mean and standard deviation of the rewards that are there, how many are missing, and each expert's mean."""
+    found = rewards[np.isfinite(rewards)]
+    report = {
+        "reward/mean": float(found.mean()) if len(found) else float("nan"),
+        "reward/std": float(found.std()) if len(found) else float("nan"),
+        "reward/missing": len(rewards) - len(found),
+    }
+    for name, column in zip(names, scores.T, strict=True):
+        seen = column[np.isfinite(column)]
+        report[f"reward/{name}"] = float(seen.mean()) if len(seen) else float("nan")
+    return report
 
 
 def concatenate(chunks: tuple, count: int):

@@ -30,9 +30,9 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
     prompt_dropout: the fraction of pictures that train the unconditional branch, for guidance.
     """
     if not 0 <= prompt_dropout <= 1:
-        raise UserError(f"train.prompt_dropout={prompt_dropout}: expected a fraction from 0 to 1; 0.1 is usual")
+        raise UserError(f"data.prompt_dropout={prompt_dropout}: expected a fraction from 0 to 1; 0.1 is usual")
     if num_noise_draws < 1:
-        raise UserError(f"train.num_noise_draws={num_noise_draws}: expected 1 or more")
+        raise UserError(f"data.num_noise_draws={num_noise_draws}: expected 1 or more")
 
     @jax.jit
     def encode(
@@ -63,8 +63,9 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
                 chunks.append(encode(frozen, images[chosen], tokens, sample_keys(key, first, size)))
                 jax.block_until_ready(chunks[-1])
                 advance(min(size, len(images) - first))
-        cond, x_0 = jax.tree.map(lambda *parts: concatenate(parts, len(images)), *chunks)
-        return Weighted(cond, x_0, np.ones(len(images), np.float32)), carry, {}
+        cond, x_0 = jax.tree.map(lambda *arrays: concatenate(arrays, len(images)), *chunks)
+        report = {"captions/cut": sum(entry["cut"] for entry in prompts.metadata)}
+        return Weighted(cond, x_0, np.ones(len(images), np.float32)), carry, report
 
     def loss(
         params: PyTree, frozen: Frozen, batch: Weighted, rows: Int[Array, "r 2"], key: Key[Array, ""]

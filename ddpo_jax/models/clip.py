@@ -54,6 +54,10 @@ def tower_config(fields: Mapping[str, Any], *, heads: int) -> TowerConfig:
     )
     if config.activation not in ("quick_gelu", "gelu"):
         raise UserError(f"CLIP config: hidden_act={config.activation!r} is not supported; expected quick_gelu or gelu")
+    if config.width % config.num_heads:
+        raise UserError(
+            f"CLIP config: hidden_size={config.width} must be divisible by num_attention_heads={config.num_heads}"
+        )
     return config
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -68,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_weights(path: Path, like: PyTree, *, dtype: jnp.dtype, prefix: str = "") -> PyTree:
+def read_weights(path: Path, like: PyTree, *, dtype: DTypeLike, prefix: str = "") -> PyTree:
     """The Flax tree with the structure of `like` stored in a safetensors file, cast to `dtype`.
 
     Raises:
@@ -77,6 +78,8 @@ def read_weights(path: Path, like: PyTree, *, dtype: jnp.dtype, prefix: str = ""
     if not path.is_file():
         pickles = [*path.parent.glob("*.bin"), *path.parent.glob("*.ckpt"), *path.parent.glob("*.pt")]
         reason = f"; {pickles[0].name} is a pickle, which can run code and is never opened" if pickles else ""
+        variants = sorted(other.name for other in path.parent.glob("*.safetensors"))
+        reason += f"; {', '.join(variants)} is there, but variants and shards are not read" if variants else ""
         raise UserError(f"{path}: no such file{reason}; save the pipeline with safe_serialization=True")
     try:
         tensors = load_file(path)
@@ -84,16 +87,22 @@ def read_weights(path: Path, like: PyTree, *, dtype: jnp.dtype, prefix: str = ""
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
     tree = convert.from_torch(convert.without_prefix(tensors, prefix), like, source=str(path))
     for name, tensor in tensors.items():
-        if not np.isfinite(tensor.astype(np.float32).sum()):
+        if not np.isfinite(tensor).all():
             raise UserError(f"{path}: tensor {name!r} holds values that are not finite")
     return convert.cast(tree, dtype)
 
 
-def write_weights(path: Path, tree: PyTree, *, dtype: jnp.dtype, prefix: str = "") -> None:
+def write_weights(path: Path, tree: PyTree, *, dtype: DTypeLike, prefix: str = "") -> None:
     """Writes a Flax tree as a safetensors file that torch opens."""
     tensors = convert.to_torch(convert.cast(tree, dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    write_tensors(path, {prefix + name: tensor for name, tensor in tensors.items()})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes torch-named tensors as a safetensors file that torch opens, readable by all."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors gives it to its owner alone
 
 
 def write_json(path: Path, fields: Any) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-Dtype = jnp.dtype
+Dtype = DTypeLike
 
 
 def activation(name: str):

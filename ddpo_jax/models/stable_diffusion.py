@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from ddpo_jax import process
@@ -37,10 +38,13 @@ class Configs(NamedTuple):
     vae: VAEConfig
 
 
-def load(source: str, *, dtype: jnp.dtype, resolution: int | None = None) -> tuple[Model, Pretrained]:
+def load(
+    source: str, *, dtype: DTypeLike, resolution: int | None = None, remat: bool = False
+) -> tuple[Model, Pretrained]:
     """The Model and parameters of a diffusers folder (`tiny`, a path or a hub id).
 
-    `dtype` is what the networks compute in; `resolution` is in pixels, the folder's own if None.
+    `dtype` is what the networks compute in; `resolution` is in pixels, the folder's own if None; `remat` recomputes the
+    denoiser's blocks in the backward pass.
 
     Raises:
         UserError: something is missing, broken, or not Stable Diffusion 1.x; the message names the file.
@@ -48,10 +52,10 @@ def load(source: str, *, dtype: jnp.dtype, resolution: int | None = None) -> tup
     folder = locate(source)
     configs = read_configs(folder)
     scheduler = process.noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
-    model = make_model(configs, process.ddim(scheduler), dtype=dtype, resolution=resolution)
+    model = make_model(configs, process.ddim(scheduler), dtype=dtype, resolution=resolution, remat=remat)
     shapes = parameter_shapes(configs)
 
-    def read(part: str, part_dtype: jnp.dtype, prefix: str = "") -> PyTree:
+    def read(part: str, part_dtype: DTypeLike, prefix: str = "") -> PyTree:
         return read_weights(folder / part / WEIGHTS[part], shapes[part], dtype=part_dtype, prefix=prefix)
 
     return model, Pretrained(
@@ -81,18 +85,21 @@ def read_configs(folder: Path) -> Configs:
             f"{folder}: the text encoder is {configs.text.tower.width} wide and unet/config.json expects"
             f" cross_attention_dim={configs.unet.cross_attention_dim}"
         )
-    if configs.unet.in_channels != configs.vae.latent_channels:
+    if {configs.unet.in_channels, configs.unet.out_channels} != {configs.vae.latent_channels}:
         raise UserError(
-            f"{folder}: unet/config.json has in_channels={configs.unet.in_channels}; expected the VAE's"
-            f" latent_channels={configs.vae.latent_channels} (inpainting and depth models are not supported)"
+            f"{folder}: unet/config.json has in_channels={configs.unet.in_channels} and"
+            f" out_channels={configs.unet.out_channels}; expected the VAE's latent_channels="
+            f"{configs.vae.latent_channels} for both (inpainting and depth models are not supported)"
         )
     return configs
 
 
-def make_model(configs: Configs, noise: process.Process, *, dtype: jnp.dtype, resolution: int | None) -> Model:
+def make_model(
+    configs: Configs, noise: process.Process, *, dtype: DTypeLike, resolution: int | None, remat: bool = False
+) -> Model:
     """The pure functions of a Stable Diffusion with these configurations."""
     text = CLIPTextModel(configs.text, dtype)
-    unet = UNet2DConditionModel(configs.unet, dtype)
+    unet = UNet2DConditionModel(configs.unet, dtype, remat)
     vae = AutoencoderKL(configs.vae, dtype)
     scale = configs.vae.scaling_factor
 

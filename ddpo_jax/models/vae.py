@@ -53,13 +53,19 @@ def vae_config(fields: Mapping[str, Any]) -> VAEConfig:
     for field, allowed in FIXED.items():
         if fields.get(field, allowed[0]) not in allowed:
             raise UserError(f"vae/config.json: {field}={fields[field]!r} is not supported; expected {allowed[0]!r}")
-    return VAEConfig(
+    config = VAEConfig(
         block_out_channels=tuple(fields["block_out_channels"]),
         layers_per_block=fields.get("layers_per_block", 1),
         latent_channels=fields["latent_channels"],
         num_groups=fields.get("norm_num_groups", 32),
         scaling_factor=fields.get("scaling_factor", 0.18215),
     )
+    if any(width % config.num_groups for width in config.block_out_channels):
+        raise UserError(
+            f"vae/config.json: block_out_channels={list(config.block_out_channels)} must be divisible by"
+            f" norm_num_groups={config.num_groups}"
+        )
+    return config
 
 
 class SpatialAttention(nn.Module):

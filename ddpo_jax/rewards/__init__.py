@@ -70,10 +70,18 @@ def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -
         return scores, present, shown.min(), shown.max()
 
     def submit(params: PyTree, images: Float[Any, "b H W 3"], prompts: Prompts) -> PyTree:
-        return score(params, images, prepare(prompts))
+        try:
+            return score(params, images, prepare(prompts))
+        except UserError:
+            raise
+        except Exception as error:
+            raise RunStopped(f"reward {name} raised {type(error).__name__} while traced: {error}") from error
 
     def result(pending: PyTree) -> Float32[np.ndarray, "b 1"]:
-        scores, present, lowest, highest = jax.device_get(pending)
+        try:
+            scores, present, lowest, highest = jax.device_get(pending)
+        except Exception as error:
+            raise RunStopped(f"reward {name} failed on the device ({type(error).__name__}: {error})") from error
         _check_pixels(name, float(lowest), float(highest))
         return _finite_or_missing(np.where(present, scores, np.nan))[:, None]
 

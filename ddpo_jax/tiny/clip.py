@@ -97,7 +97,7 @@ def train(workdir: Path, folder: Path, text_folder: Path, *, num_steps: int) -> 
     write_weights(folder / "model.safetensors", params, dtype=np.float16)
     write_json(
         text_folder / "text_encoder" / "config.json",
-        {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **TEXT},
+        {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32", **TEXT},
     )
     write_weights(
         text_folder / "text_encoder" / "model.safetensors",

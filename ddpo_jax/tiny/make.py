@@ -13,22 +13,21 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
-from ddpo_jax.models.folder import TINY, read_json, write_json
+from ddpo_jax.models.folder import TINY, read_json, write_json, write_tensors
 from ddpo_jax.tiny import clip, unet, vae
 from ddpo_jax.tiny.card import model_card
 
 
 def publish(workdir: Path, target: Path) -> None:
     """Writes the trained parts to `target` (and the CLIP beside it) in float16, with a model card."""
-    from safetensors.numpy import load_file, save_file
-
     trained = workdir / "unet" / "export"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(trained, target)
     for path in target.rglob("*.safetensors"):
         tensors = {name: tensor.astype(np.float16) for name, tensor in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(path, tensors)
     clip_folder = target.parent / "tiny-clip"
     shutil.rmtree(clip_folder, ignore_errors=True)
     shutil.copytree(workdir / "tiny-clip", clip_folder)

@@ -57,4 +57,4 @@ def write_untrained(folder: Path) -> None:
     write_json(folder / "unet" / "config.json", CONFIG)
     write_weights(folder / "unet" / WEIGHTS["unet"], params, dtype=np.float32)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(folder / "model_index.json", {**PIPELINE, "scheduler": ["diffusers", "DDIMScheduler"]})
+    write_json(folder / "model_index.json", PIPELINE)

@@ -1,0 +1,168 @@
+"""From the config's fields to the named settings of the parts that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+from transformers import CLIPTokenizer
+
+from ddpo_jax import advantages, data, finetune, image_text, optimizers
+from ddpo_jax.algorithms.ddpo import Scoring
+from ddpo_jax.errors import UserError
+from ddpo_jax.types import Finetune, Prompts
+from ddpo_jax.update import Schedule
+
+
+class Loaded(NamedTuple):
+    """What a method's settings may depend on beside the config."""
+
+    prompts: data.PromptSet  # to train on
+    tokens: Int[np.ndarray, "n s"]
+    tokenizer: CLIPTokenizer
+    resolution: int  # pixels
+    reward_weights: Float[np.ndarray, " experts"]
+
+
+def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
+    """The prompts of a round, and the settings that DDPO-IS and DDPO-SF share."""
+
+    def draw(epoch: int) -> Prompts:
+        return data.draw(
+            loaded.prompts,
+            loaded.tokens,
+            num_prompts=config.sample.num_prompts,
+            num_samples_per_prompt=config.sample.num_samples_per_prompt,
+            seed=config.seed,
+            epoch=epoch,
+        )
+
+    if config.sample.eta == 0:
+        raise UserError("sample.eta=0 leaves DDPO nothing to learn from: every step is deterministic; set 1")
+    tracking = config.per_prompt_stat_tracking
+    statistics = (
+        advantages.per_prompt(
+            num_prompts=len(loaded.prompts.texts), buffer_size=tracking.buffer_size, min_count=tracking.min_count
+        )
+        if tracking.buffer_size
+        else advantages.whiten()
+    )
+    scoring = Scoring(
+        statistics,
+        loaded.reward_weights,
+        adv_clip_max=config.train.adv_clip_max,
+        max_missing=config.reward.max_missing,
+    )
+    settings = {
+        "scoring": scoring,
+        "num_updates": config.train.num_updates * config.train.num_inner_epochs,
+        "kl_weight": config.train.kl_weight,
+        "kl_budget": config.train.kl_budget,
+    }
+    return draw, settings
+
+
+def ddpo_is(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
+    draw, settings = ddpo(config, loaded)
+    default = "stored" if config.compute_dtype == "float32" else "recompute"
+    settings["clip_range"] = config.train.clip_range
+    settings["old_log_prob"] = config.train.old_log_prob or default
+    return draw, settings
+
+
+def sft(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
+    """The pictures and captions of a round, and the settings of supervised fine-tuning."""
+    source = image_text.open_source(config.data.source, resolution=loaded.resolution)
+
+    def draw(epoch: int) -> tuple[np.ndarray, Prompts]:
+        images, captions = image_text.make_batch(
+            source, batch_size=config.data.batch_size, seed=config.seed, epoch=epoch, resolution=loaded.resolution
+        )
+        ids = np.arange(len(captions), dtype=np.int32)
+        cut = set(data.find_too_long(loaded.tokenizer, captions))
+        metadata = tuple({"cut": caption in cut} for caption in captions)
+        return images, Prompts(captions, data.tokenize(loaded.tokenizer, captions), ids, metadata)
+
+    return draw, {"prompt_dropout": config.data.prompt_dropout, "num_noise_draws": config.data.num_noise_draws}
+
+
+METHODS = {"ddpo_is": ddpo_is, "ddpo_sf": ddpo, "sft": sft}
+
+
+def make_finetune(train: ConfigDict) -> Finetune:
+    """lora_rank 0 is full fine-tuning."""
+    if train.lora_rank == 0:
+        return finetune.full()
+    return finetune.lora(
+        rank=train.lora_rank, alpha=train.lora_alpha or float(train.lora_rank), targets=train.lora_targets
+    )
+
+
+def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
+    return optimizers.adamw(
+        learning_rate=train.learning_rate,
+        b1=train.adam_beta1,
+        b2=train.adam_beta2,
+        eps=train.adam_epsilon,
+        weight_decay=train.adam_weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        num_warmup_steps=train.num_warmup_steps,
+        num_decay_steps=train.num_decay_steps,
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Numbers that no part of the run checks by itself."""
+    sample, train = config.sample, config.train
+    at_least_one = {
+        "sample.num_prompts": sample.num_prompts,
+        "sample.num_samples_per_prompt": sample.num_samples_per_prompt,
+        "sample.chunk_size": sample.chunk_size,
+        "train.num_updates": train.num_updates,
+        "train.num_inner_epochs": train.num_inner_epochs,
+        "train.micro_batch_size": train.micro_batch_size,
+        "data.batch_size": config.data.batch_size,
+        "num_epochs": config.num_epochs,
+        "checkpoint_every": config.checkpoint_every,
+        "keep_checkpoints": config.keep_checkpoints,
+        "eval_prompts": config.eval_prompts,
+    }
+    not_negative = {
+        "seed": config.seed,
+        "eval_every": config.eval_every,
+        "train.kl_weight": train.kl_weight,
+        "train.kl_budget": train.kl_budget,
+        "train.lora_rank": train.lora_rank,
+        "per_prompt_stat_tracking.buffer_size": config.per_prompt_stat_tracking.buffer_size,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: expected 1 or more")
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"{name}={value}: expected 0 or more")
+    if not train.adv_clip_max > 0:
+        raise UserError(f"train.adv_clip_max={train.adv_clip_max}: expected a positive number; 5 is usual")
+    if not 0 <= config.reward.max_missing <= 1:
+        raise UserError(f"reward.max_missing={config.reward.max_missing}: expected a fraction from 0 to 1")
+    if not 0 < train.timestep_fraction <= 1:
+        raise UserError(f"train.timestep_fraction={train.timestep_fraction}: expected more than 0, at most 1")
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(f"train.ema_decay={train.ema_decay}: expected 0 (no average) or more, below 1")
+    samples = sample.num_prompts * sample.num_samples_per_prompt
+    if config.algorithm != "sft" and samples < train.num_updates:
+        raise UserError(f"train.num_updates={train.num_updates}: expected at most the {samples} samples a round")
+
+
+def schedule(config: ConfigDict) -> Schedule:
+    """How a round is learned from."""
+    return Schedule(
+        num_updates=config.train.num_updates,
+        num_inner_epochs=config.train.num_inner_epochs,
+        timestep_fraction=config.train.timestep_fraction,
+        micro_batch_size=config.train.micro_batch_size,
+    )
