@@ -64,7 +64,7 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
                 jax.block_until_ready(chunks[-1])
                 advance(min(size, len(images) - first))
         cond, x_0 = jax.tree.map(lambda *arrays: concatenate(arrays, len(images)), *chunks)
-        report = {"captions/cut": sum(entry["cut"] for entry in prompts.metadata)}
+        report = {"captions/cut": float(sum(entry["cut"] for entry in prompts.metadata))}
         return Weighted(cond, x_0, np.ones(len(images), np.float32)), carry, report
 
     def loss(

@@ -24,15 +24,18 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     for path in sorted(PROMPTS.glob("*.txt")):
         words += path.read_text(encoding="utf-8").lower().split()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    single = [*alphabet, *(letter + WORD_END for letter in alphabet)]
     trained = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trained.train_from_iterator(
         words,
         trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, end_of_word_suffix=WORD_END, show_progress=False
+            vocab_size=VOCAB_SIZE,
+            special_tokens=single,  # fixes their order, by which ties between merges are broken
+            end_of_word_suffix=WORD_END,
+            show_progress=False,
         ),
     )
-    single = [*alphabet, *(letter + WORD_END for letter in alphabet)]
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     merges = merges[: VOCAB_SIZE - len(single) - 2]
     tokens = [*single, *("".join(pair) for pair in merges), START, END]
