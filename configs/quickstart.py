@@ -10,9 +10,9 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.num_epochs = 20
-    config.checkpoint_every = 5
-    config.eval_every = 10
+    config.num_epochs = 16
+    config.checkpoint_every = 4
+    config.eval_every = 8
     config.prompts.name = "common_animals"
     config.prompts.held_out = 0.2
     config.reward.name = "jpeg_incompressibility"
@@ -20,9 +20,10 @@ def get_config() -> ConfigDict:
     config.sample.guidance_scale = 1.0
     config.sample.num_prompts = 64
     config.sample.chunk_size = 32
-    config.train.learning_rate = 2e-4
+    config.train.learning_rate = 4e-4
+    config.train.num_warmup_steps = 8
     config.train.clip_range = 5e-3
-    config.train.num_updates = 2
+    config.train.num_updates = 4
     config.train.micro_batch_size = 64
     config.per_prompt_stat_tracking.buffer_size = 0
     return config

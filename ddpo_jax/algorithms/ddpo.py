@@ -154,7 +154,7 @@ def _algorithm(
     def slices(batch: Rollouts) -> Bool[np.ndarray, "b T"]:
         return np.asarray(batch.trajectory.trained) & (np.asarray(batch.weight) > 0)[:, None]
 
-    def stop(scalars: Mapping[str, float]) -> str | None:
+    def stop(scalars: Mapping[str, Any]) -> str | None:
         kl = scalars.get("kl_reference")
         if kl_budget > 0 and kl is not None and kl >= kl_budget:
             return f"the KL to the reference is {kl:.2e} nats a step; train.kl_budget is {kl_budget:.2e}"

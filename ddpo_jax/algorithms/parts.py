@@ -49,6 +49,7 @@ def scored_rollouts(
             kept.append(keep(cond, trajectory, images))
             jax.block_until_ready(kept[-2:-1])  # the chunk before: one is always under way
             advance(min(size, count - first))
+        jax.block_until_ready(kept)
     scores = []
     with parts.phase("reward", count) as advance:
         while pending:

@@ -34,8 +34,10 @@ python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=publish
 ```
 
-on 2 cores. The VAE (8-fold, 4 channels) was trained for {vae_steps} steps of 16 pictures and reconstructs held-out
-pictures at {psnr:.1f} dB; the UNet for {epochs} rounds of {pictures} pictures, {updates} updates each.
+on 2 cores. The CLIP was trained for {clip_steps} steps of 128 pictures, the VAE (8-fold, 4 channels) for {vae_steps}
+steps of 16; it reconstructs held-out pictures at {psnr:.1f} dB. The UNet was trained for {epochs} rounds of {pictures}
+pictures, {updates} updates each. `--clip-steps`, `--vae-steps` and `--config.num_epochs` set these numbers; a stage
+that was stopped continues.
 
 **Use**
 
@@ -48,12 +50,15 @@ pipeline("a fox", height=64, width=64, num_inference_steps=20, guidance_scale=3.
 """
 
 
-def model_card(figures: Mapping[str, float], config: Mapping[str, Any], *, epochs: int, size: int) -> str:
+def model_card(
+    figures: Mapping[str, float], config: Mapping[str, Any], *, clip_steps: int, epochs: int, size: int
+) -> str:
     """README.md of the embedded model. figures: the VAE's; config: the UNet run's, flat; size: bytes of weights."""
     return CARD.format(
         size=size / 1e6,
         psnr=figures["psnr"],
         vae_steps=int(figures["num_steps"]),
+        clip_steps=clip_steps,
         epochs=epochs,
         pictures=config["data.batch_size"],
         updates=config["train.num_updates"],

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from ddpo_jax import metrics
 from ddpo_jax.models.folder import TINY, read_json, write_json, write_tensors
 from ddpo_jax.tiny import clip, unet, vae
 from ddpo_jax.tiny.card import model_card
@@ -32,10 +33,13 @@ def publish(workdir: Path, target: Path) -> None:
     shutil.rmtree(clip_folder, ignore_errors=True)
     shutil.copytree(workdir / "tiny-clip", clip_folder)
     figures = json.loads((workdir / "vae" / "figures.json").read_text())
-    epochs = sum(1 for _ in (workdir / "unet" / "metrics.jsonl").open())
+    epochs = len(metrics.read(workdir / "unet" / "metrics.jsonl"))
+    clip_steps = metrics.read(workdir / "clip" / "metrics.jsonl")[-1]["step"]
     size = sum(path.stat().st_size for folder in (target, clip_folder) for path in folder.rglob("*.safetensors"))
     config = read_json(workdir / "unet" / "config.json")
-    (target / "README.md").write_text(model_card(figures, config, epochs=epochs, size=size), encoding="utf-8")
+    (target / "README.md").write_text(
+        model_card(figures, config, clip_steps=clip_steps, epochs=epochs, size=size), encoding="utf-8"
+    )
     print(f"{target}: {size / 1e6:.1f} MB of weights with {clip_folder.name}")
 
 
