@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +26,9 @@ def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
 
 def save(manager: ocp.CheckpointManager, step: int, tree: PyTree) -> None:
     """Starts to write `tree` as checkpoint `step`, unless it is there; its arrays may be donated once this returns."""
-    if manager.latest_step() != step:
-        manager.save(step, args=ocp.args.StandardSave(tree))
+    with signals_held():
+        if manager.latest_step() != step:
+            manager.save(step, args=ocp.args.StandardSave(tree))
 
 
 def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> PyTree | None:
@@ -40,3 +43,26 @@ def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> PyTree | Non
 def host_copy(tree: PyTree) -> PyTree:
     """The tree as numpy arrays that nothing else can change or donate."""
     return jax.tree.map(np.array, tree)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Holds SIGTERM and SIGINT back until the block is left.
+
+    An exception raised by a handler in the middle of orbax's save would leave threads that wait for it for ever, and
+    Python waits for them when it exits.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread alone
+        return
+    held: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: held.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)

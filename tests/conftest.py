@@ -1,22 +1,22 @@
 """What all tests share: eight simulated CPU devices, strict ranks, compiled programs kept, one small model folder."""
 
 import os
-
-# Before jax is imported: it reads these once.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Optimization level 0 halves the compile times, which are most of the tests' time. Subprocesses inherit both.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-    )
-)
-
+from importlib.metadata import version
 from pathlib import Path
 
-import jax
-import pytest
+# Before jax is imported: it reads these once, and processes that a test starts inherit them. Compiling is most of the
+# tests' time, and their programs are small: optimization level 0 halves it, and XLA's older emitters halve it again
+# (a flag that jaxlib 0.12 no longer knows, and dies of).
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
+]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 CACHE = Path(os.environ.get("DDPO_JAX_TEST_CACHE") or Path(__file__).parents[1] / ".cache" / "jax")
 

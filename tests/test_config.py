@@ -1,0 +1,71 @@
+"""The command line: fields by name, and errors that say which one was meant."""
+
+from pathlib import Path
+
+import pytest
+
+from ddpo_jax.config import parse
+from ddpo_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+BASE = f"--config={ROOT / 'configs' / 'base.py'}"
+
+
+def test_fields_are_overridden_and_keep_their_types():
+    config, workdir = parse(
+        [BASE, "--config.train.learning_rate=1", "--config.sample.num_steps=7", "--config.tensorboard"]
+    )
+    assert config.train.learning_rate == 1.0 and isinstance(config.train.learning_rate, float)
+    assert config.sample.num_steps == 7
+    assert config.tensorboard is True
+    assert config.train.clip_range == 1e-4
+    assert workdir == Path("runs/base")
+
+
+def test_values_may_follow_their_field():
+    config, workdir = parse([BASE, "--config.sample.num_steps", "7", "--workdir", "~/somewhere"])
+    assert config.sample.num_steps == 7
+    assert workdir == Path.home() / "somewhere"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py")))
+def test_recipes_parse(recipe):
+    config, workdir = parse([f"--config={ROOT / 'configs' / recipe}.py"])
+    assert workdir.name == recipe
+    assert config.num_epochs > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], r"--config is missing"),
+        (["--config=configs/none.py"], r"configs/none\.py: no such file"),
+        ([BASE, "--config.train.learnin_rate=1"], r"did you mean --config\.train\.learning_rate\?"),
+        ([BASE, "--config.zzzzzzzz=1"], r"configs/base\.py lists every field"),
+        ([BASE, "--config.sample.num_steps=many"], r"many"),
+        ([BASE, "--config.sample.num_steps=2.5"], r"2\.5"),
+        ([BASE, "--wrokdir=x"], r"wrokdir"),
+        ([BASE, "extra"], r"unexpected argument 'extra'"),
+    ],
+)
+def test_errors_name_the_argument(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        (
+            "from configs import base\n\ndef get_config():\n    config = base.get_config()\n"
+            "    config.train.learnin_rate = 1.0\n    return config\n",
+            "learnin_rate",
+        ),
+    ],
+)
+def test_a_broken_recipe_is_one_error(tmp_path, text, message):
+    (tmp_path / "recipe.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse([f"--config={tmp_path / 'recipe.py'}"])

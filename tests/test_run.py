@@ -1,0 +1,256 @@
+"""Whole runs: killed, asked to stop, continued, refused; and what is left of those that never began."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import scorers
+from small_run import SMALL
+
+from ddpo_jax import metrics
+from ddpo_jax.main import main
+from ddpo_jax.workdir import claim
+
+ROOT = Path(__file__).parents[1]
+NUM_EPOCHS = 12
+EVAL_EVERY = 5
+
+
+def flags(folder, workdir, **changes):
+    """The arguments of a run on the small folder."""
+    settings = {
+        "pretrained.model": folder,
+        "num_epochs": NUM_EPOCHS,
+        "checkpoint_every": 2,
+        "eval_every": EVAL_EVERY,
+        "compilation_cache": "",
+        **SMALL,
+        **changes,
+    }
+    return [
+        f"--config={ROOT / 'configs' / 'base.py'}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    ]
+
+
+def start(cache, *arguments):
+    """The same in a process of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "tests"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "ddpo_jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_rounds(process, workdir, count):
+    """Waits until metrics.jsonl tells of that many rounds, and a moment longer."""
+    deadline = time.monotonic() + 120
+    while len(metrics.read(workdir / "metrics.jsonl")) < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.1))
+
+
+def rows_without_times(workdir):
+    rows = metrics.read(workdir / "metrics.jsonl")
+    return [{name: x for name, x in row.items() if "second" not in name} for row in rows]
+
+
+def last_checkpoint(workdir):
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
+        step = manager.latest_step()
+        return step, manager.restore(step, args=ocp.args.StandardRestore())
+
+
+def evaluated(workdir):
+    return [(row["epoch"], row["prompts"]) for row in metrics.read(workdir / "evaluations.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(small_folder, tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    assert main(flags(small_folder, workdir)) == 0
+    return workdir
+
+
+def test_a_run_leaves_metrics_pictures_checkpoints_and_an_export(finished):
+    rows = metrics.read(finished / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == list(range(NUM_EPOCHS))
+    assert rows[-1]["step"] == 2 * NUM_EPOCHS
+    wanted = "reward/mean reward/std reward/missing approx_kl clip_fraction ratio_max_deviation loss grad_norm"
+    assert {*wanted.split(), "skipped_steps", "images_per_second", "seconds/rollout"} <= rows[0].keys()
+    assert rows[0]["ratio_max_deviation"] <= 5e-6
+    assert evaluated(finished) == [(epoch, "train") for epoch in (0, 5, 10, 12)]
+    assert len(list((finished / "images").glob("train_*.png"))) == 4
+    assert last_checkpoint(finished)[0] == NUM_EPOCHS
+    assert (finished / "export" / "model_index.json").is_file() and (finished / "export" / "README.md").is_file()
+
+
+def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_folder, test_cache, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = flags(small_folder, workdir)
+    for bounds in ((1, 3), (4, 6), (7, 8)):
+        process = start(test_cache, *arguments)
+        wait_for_rounds(process, workdir, random.randint(*bounds))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    process = start(test_cache, *arguments)
+    wait_for_rounds(process, workdir, 9)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert errors.count("\n") == 1 and "continues from the last whole round" in errors
+    # The last whole round was saved, whatever checkpoint_every is; it may be told of before it counts as whole.
+    saved, told = last_checkpoint(workdir)[0], len(metrics.read(workdir / "metrics.jsonl"))
+    assert saved in (told, told - 1) and saved >= 8
+
+    assert main(arguments) == 0
+    assert rows_without_times(workdir) == rows_without_times(finished)
+    assert evaluated(workdir) == evaluated(finished)
+    weights = Path("export") / "unet" / "diffusion_pytorch_model.safetensors"
+    assert (workdir / weights).read_bytes() == (finished / weights).read_bytes()
+    (step, state), (expected_step, expected) = last_checkpoint(workdir), last_checkpoint(finished)
+    assert step == expected_step
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("num_epochs", [NUM_EPOCHS, 3])
+def test_a_finished_run_does_nothing_more(finished, small_folder, num_epochs):
+    before = [(finished / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")]
+    assert main(flags(small_folder, finished, num_epochs=num_epochs)) == 0
+    assert [(finished / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")] == before
+
+
+def test_a_finished_run_goes_on_when_it_may_last_longer(finished, small_folder):
+    before = metrics.read(finished / "metrics.jsonl")
+    assert main(flags(small_folder, finished, num_epochs=NUM_EPOCHS + 1)) == 0
+    rows = metrics.read(finished / "metrics.jsonl")
+    assert rows[:-1] == before and rows[-1]["epoch"] == NUM_EPOCHS
+    assert evaluated(finished) == [(epoch, "train") for epoch in (0, 5, 10, 13)]
+    assert last_checkpoint(finished)[0] == NUM_EPOCHS + 1
+
+
+def test_another_config_is_refused(finished, small_folder, capsys):
+    assert main(flags(small_folder, finished, **{"train.learning_rate": 0.5, "seed": 3})) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "seed: 0 there, 3 now; train.learning_rate: 0.001 there, 0.5 now" in errors
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(small_folder, tmp_path, capsys):
+    with claim(tmp_path / "run", {}):
+        assert main(flags(small_folder, tmp_path / "run")) == 2
+    assert "another run is in it" in capsys.readouterr().err
+
+
+def test_a_kl_budget_ends_the_run_for_good(small_folder, tmp_path, capsys):
+    changes = {"train.lora_rank": 2, "train.kl_weight": 1.0, "train.kl_budget": 1e-12}
+    for _ in range(2):
+        assert main(flags(small_folder, tmp_path / "run", **changes)) == 0
+        assert "the run ends here: the KL to the reference" in capsys.readouterr().out
+        assert [row["epoch"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [0]
+        assert evaluated(tmp_path / "run") == [(0, "train"), (1, "train")]
+    assert last_checkpoint(tmp_path / "run")[0] == 1
+
+
+def test_a_scorer_that_fails_later_leaves_the_last_whole_round(small_folder, tmp_path, capsys):
+    scorers.CALLS_LEFT[0] = 5  # the probe, the first evaluation, three rounds
+    changes = {"reward.name": "scorers:raising_later", "checkpoint_every": 10}
+    assert main(flags(small_folder, tmp_path / "run", **changes)) == 3
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "raised OSError: the scorer's disk is full" in errors
+    assert last_checkpoint(tmp_path / "run")[0] == 3
+    assert len(metrics.read(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def empty_prompts(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    return {"prompts.name": tmp_path / "prompts.txt"}
+
+
+def latin_prompts(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("a fox\nun écureuil\n".encode("latin-1"))
+    return {"prompts.name": tmp_path / "prompts.txt"}
+
+
+def truncated_model(folder, tmp_path):
+    broken = tmp_path / "model"
+    for path in folder.rglob("*"):
+        if path.is_file():
+            copy = broken / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            data = path.read_bytes()
+            copy.write_bytes(data[: len(data) // 2] if path.parent.name == "vae" and path.suffix != ".json" else data)
+    return {"pretrained.model": broken}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"reward.name": "scorers:wrong_shape"}, 2, "must return shape (2,), one number a picture, not shape (2, 3)"),
+        ({"reward.name": "scorers:raising"}, 3, "scorers:raising raised OSError: the scorer's disk is full"),
+        ({"reward.name": "scorers:hanging", "reward.deadline": 0.5}, 3, "gave no scores within 0.5 s"),
+        ({"train.learnin_rate": 1}, 2, "did you mean --config.train.learning_rate?"),
+        ({"sample.num_steps": "many"}, 2, "many"),
+        ({"sample.eta": 0.0}, 2, "sample.eta=0"),
+        (empty_prompts, 2, "no prompt in it"),
+        (latin_prompts, 2, "line 2 is not UTF-8"),
+        (truncated_model, 2, "not a whole safetensors file"),
+        ({"pretrained.model": "/nowhere/model"}, 2, "no such folder"),
+        ({"train.lora_rank": 2, "train.lora_targets": "nothing"}, 2, "matches no kernel"),
+        ({"algorithm": "sft", "data.source": "scorers:nothing"}, 2, "scorers:nothing"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_errors_are_one_line_and_leave_nothing(changes, code, message, small_folder, tmp_path, capsys):
+    changes = changes if isinstance(changes, dict) else changes(small_folder, tmp_path)
+    begin = time.monotonic()
+    assert main(flags(small_folder, tmp_path / "runs" / "run", **changes)) == code
+    assert time.monotonic() - begin < 30
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and message in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error(small_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")  # root may write anywhere, but not below a file
+    assert main(flags(small_folder, tmp_path / "file" / "run")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_missing_config_file_is_an_error(tmp_path, capsys):
+    assert main([f"--config={tmp_path / 'none.py'}", f"--workdir={tmp_path / 'run'}"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "none.py: no such file" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_reach_the_shell(test_cache, tmp_path):
+    process = start(test_cache, f"--config={tmp_path / 'none.py'}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
