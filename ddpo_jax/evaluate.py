@@ -18,7 +18,7 @@ KEY_INDEX = 2**31 - 1  # folded into the run's key; no epoch reaches it
 class Evaluation(NamedTuple):
     images: Float32[np.ndarray, "b H W 3"]
     rewards: Float32[np.ndarray, " b"]  # NaN where missing
-    report: dict[str, float]
+    report: dict[str, float | int]
 
 
 def evaluate(

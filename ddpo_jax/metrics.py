@@ -55,7 +55,7 @@ class Rate(ProgressColumn):
 def make_console() -> Console:
     """Bars on a terminal; elsewhere plain lines, and one every PLAIN_EVERY seconds of a long phase."""
     console = RichConsole(soft_wrap=True, highlight=False)
-    spent: dict[str, float] = {}
+    spent: dict[str, float | int] = {}
 
     @contextmanager
     def phase(name: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -79,7 +79,7 @@ def make_console() -> Console:
             finally:
                 spent[name] = spent.get(name, 0.0) + time.monotonic() - begin
 
-    def seconds() -> dict[str, float]:
+    def seconds() -> dict[str, float | int]:
         result = dict(spent)
         spent.clear()
         return result
@@ -111,7 +111,7 @@ def make_writer(
     drop_later(evaluations, first_epoch)
     begin = time.monotonic()
 
-    def scalars(epoch: int, values: Mapping[str, float]) -> None:
+    def scalars(epoch: int, values: Mapping[str, float | int]) -> None:
         append(metrics, {"epoch": epoch, **values})
         for board in boards:
             board.scalars(epoch, values)
@@ -119,7 +119,7 @@ def make_writer(
         left = (time.monotonic() - begin) / done * (num_epochs - epoch - 1)
         note(summary(epoch, num_epochs, values, left))
 
-    def evaluation(epoch: int, name: str, values: Mapping[str, float]) -> None:
+    def evaluation(epoch: int, name: str, values: Mapping[str, float | int]) -> None:
         append(evaluations, {"epoch": epoch, "prompts": name, **values})
         for board in boards:
             board.scalars(epoch, {f"eval/{name}/{key}": value for key, value in values.items()})
@@ -141,7 +141,7 @@ def make_writer(
     return Writer(scalars, evaluation, images, close)
 
 
-def summary(epoch: int, num_epochs: int, values: Mapping[str, float], seconds_left: float) -> str:
+def summary(epoch: int, num_epochs: int, values: Mapping[str, float | int], seconds_left: float) -> str:
     """One line for people; what is not there is left out."""
     parts = [f"epoch {epoch + 1}/{num_epochs}"]
     if "reward/mean" in values:
@@ -232,7 +232,7 @@ def _tensorboard(workdir: Path, first_epoch: int) -> Board:
 
     writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_epoch)
 
-    def scalars(epoch: int, values: Mapping[str, float]) -> None:
+    def scalars(epoch: int, values: Mapping[str, float | int]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, epoch)
 
@@ -249,7 +249,7 @@ def _wandb(project: str) -> Callable[[Path, int], Board]:
         identity = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.absolute())).hex  # a continued run stays one run
         run = wandb.init(project=project, id=identity, name=workdir.name, dir=str(workdir), resume="allow")
 
-        def scalars(epoch: int, values: Mapping[str, float]) -> None:
+        def scalars(epoch: int, values: Mapping[str, float | int]) -> None:
             run.log({"epoch": epoch, **values})
 
         def image(epoch: int, name: str, picture: np.ndarray) -> None:

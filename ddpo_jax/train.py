@@ -133,5 +133,5 @@ def show(run: Run, params: PyTree, state: TrainState, epoch: int, writer: Writer
     console.seconds()
 
 
-def pass_over(scalars: Mapping[str, float]) -> None:
+def pass_over(scalars: Mapping[str, float | int]) -> None:
     """The check of every round but the first."""

@@ -81,7 +81,8 @@ def make_update(
             weight=jnp.zeros(()),
             loss=jnp.zeros(()),
             mean={name: jnp.zeros(()) for name in metrics.mean},
-            max={name: jnp.full((), -jnp.inf) for name in metrics.max},
+            # With a dtype: a weakly typed one would compile `accumulate` a second time.
+            max={name: jnp.full((), -jnp.inf, jnp.float32) for name in metrics.max},
         )
 
     def apply(state: TrainState, total: Total) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -104,7 +105,9 @@ def make_update(
         return state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), scalars
 
     return Update(
-        zero=jax.jit(zero),
+        # keep_unused: its result is then committed to their device, as that of `accumulate` is; which would be compiled
+        # a second time if it were not.
+        zero=jax.jit(zero, keep_unused=True),
         accumulate=jax.jit(accumulate, donate_argnums=5),
         apply=jax.jit(apply, donate_argnums=0),
     )
@@ -161,7 +164,7 @@ def optimize(
     seed: tuple[int, int],
     phase: Callable,
     check: Callable,
-) -> tuple[TrainState, list[dict[str, float]]]:
+) -> tuple[TrainState, list[dict[str, float | int]]]:
     """The state after a round's updates, and the scalars of each. What `state` has learned is donated.
 
     `seed` is (run, epoch): who is learned from when depends on nothing else. `check` sees the first update's scalars.
@@ -211,7 +214,7 @@ def optimize(
     return learned._replace(epoch=state.epoch, carry=state.carry, key=state.key), history
 
 
-def summarize(history: list[dict[str, float]], skipped_before: float) -> dict[str, float]:
+def summarize(history: list[dict[str, float | int]], skipped_before: float) -> dict[str, float | int]:
     """One round's scalars: means over the updates that were made; the ratio's deviation is that before the first."""
     if not history:
         return {"skipped_steps": 0.0}

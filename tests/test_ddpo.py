@@ -149,6 +149,11 @@ def test_sf_refuses_more_than_one_update(small_folder, changes):
         build(small_config(small_folder, **{"algorithm": "ddpo_sf", **changes}), silent)
 
 
+def test_each_program_is_compiled_once(world, learned):
+    learn(world.update, world.run.algorithm, world.fresh(), world.run.frozen, world.batch)
+    assert {program._cache_size() for program in world.update} == {1}
+
+
 def test_recompute_reaches_the_rows_of_later_passes(world):
     trajectory = world.batch.trajectory
     batch = world.batch._replace(trajectory=trajectory._replace(log_prob=trajectory.log_prob + 10.0))
@@ -265,7 +270,7 @@ def test_nan_pictures_are_missing_and_never_learned_from(world):
     batch, _, report = algorithm.collect(world.fresh().params, frozen, world.run.draw(0), (), jax.random.key(1))
     assert report["reward/missing"] == 1 and np.isfinite(report["reward/mean"])
     assert batch.weight[1] == 0 and batch.weight.sum() == SAMPLES - 1
-    state, history = learn(world.update, algorithm, world.fresh(), frozen._replace(reward=()), batch)
+    state, history = learn(world.update, algorithm, world.fresh(), frozen, batch)
     assert history[-1]["skipped_steps"] == 0 and np.isfinite(history[-1]["loss"])
     assert finite(state.params)
 
@@ -334,7 +339,7 @@ def test_a_learnable_reward_rises(world):
     before = score(state.params)
     for epoch in range(25):
         batch, _, _ = algorithm.collect(state.params, frozen, world.run.draw(epoch), (), jax.random.key(epoch))
-        state, _ = learn(world.update, algorithm, state, frozen._replace(reward=()), batch)
+        state, _ = learn(world.update, algorithm, state, frozen, batch)
     after = score(state.params)
     assert after["reward/mean"] > before["reward/mean"] + before["reward/std"]
 

@@ -62,7 +62,7 @@ def importance_sampling(
     def on_policy(log_prob, log_prob_old, advantage):
         return surrogate(log_prob, jax.lax.stop_gradient(log_prob), advantage)
 
-    def check(first: Mapping[str, float]) -> None:
+    def check(first: Mapping[str, float | int]) -> None:
         deviation, allowed = first["ratio_max_deviation"], RATIO_TOLERANCE * clip_range
         if deviation > allowed:
             raise RunStopped(
@@ -121,7 +121,7 @@ def _algorithm(
 
     def collect(
         params: PyTree, frozen: Frozen, prompts: Prompts, carry: PyTree, key: Key[Array, ""]
-    ) -> tuple[Rollouts, PyTree, dict[str, float]]:
+    ) -> tuple[Rollouts, PyTree, dict[str, float | int]]:
         (cond, trajectory), scores = scored_rollouts(
             parts, params, frozen, prompts, key, keep=lambda cond, trajectory, images: (cond, trajectory)
         )

@@ -60,7 +60,7 @@ def scored_rollouts(
 
 def reward_report(
     names: tuple[str, ...], scores: Float[np.ndarray, "b experts"], rewards: Float[np.ndarray, " b"]
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Mean and standard deviation of the rewards that are there, how many are missing, and each expert's mean."""
     found = rewards[np.isfinite(rewards)]
     report = {

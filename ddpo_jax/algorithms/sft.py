@@ -53,7 +53,7 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
         inputs: tuple[Float[np.ndarray, "b H W 3"], Prompts],
         carry: PyTree,
         key: Key[Array, ""],
-    ) -> tuple[Weighted, PyTree, dict[str, float]]:
+    ) -> tuple[Weighted, PyTree, dict[str, float | int]]:
         images, prompts = inputs
         size, chunks = parts.chunk_size, []
         with parts.phase("encode", len(images)) as advance:
