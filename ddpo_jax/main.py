@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP)
         return 0
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not missed: tokenizers only
     try:
         with preemptible():
             config, workdir = parse(argv)
