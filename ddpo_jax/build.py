@@ -84,7 +84,8 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     train_set, train_tokens = prompt_sets["train"]
     resolution = jax.eval_shape(model.decode, pretrained.vae, jnp.zeros((1, *model.latent_shape))).shape[1]
     rewards.probe(reward, reward_params, data.every(train_set, train_tokens, count=2), resolution=resolution)
-    loaded = Loaded(train_set, train_tokens, tokenizer, resolution, reward_weights)
+    timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
+    loaded = Loaded(train_set, train_tokens, tokenizer, resolution, reward_weights, timesteps)
     draw, method_settings = settings_of(config, loaded)
     return Run(
         algorithm=algorithms.make(config.algorithm, parts, method_settings),

@@ -26,6 +26,7 @@ class Loaded(NamedTuple):
     tokenizer: CLIPTokenizer
     resolution: int  # pixels
     reward_weights: Float[np.ndarray, " experts"]
+    timesteps: Float[np.ndarray, " T+1"]  # of the sampler
 
 
 def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
@@ -43,6 +44,12 @@ def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
 
     if config.sample.eta == 0:
         raise UserError("sample.eta=0 leaves DDPO nothing to learn from: every step is deterministic; set 1")
+    first = loaded.timesteps[0]
+    if not 0 <= config.train.min_timestep <= first:
+        raise UserError(
+            f"train.min_timestep={config.train.min_timestep}: expected 0 to {first:g}, where the first of"
+            f" {config.sample.num_steps} steps begins"
+        )
     tracking = config.per_prompt_stat_tracking
     statistics = (
         advantages.per_prompt(
@@ -62,6 +69,7 @@ def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
         "num_updates": config.train.num_updates * config.train.num_inner_epochs,
         "kl_weight": config.train.kl_weight,
         "kl_budget": config.train.kl_budget,
+        "min_timestep": config.train.min_timestep,
     }
     return draw, settings
 

@@ -54,14 +54,20 @@ def make_is(world, *, parts=None, num_updates=2, **settings):
         "old_log_prob": "stored",
         "kl_weight": 0.0,
         "kl_budget": 0.0,
+        "min_timestep": 0.0,
     } | settings
     return importance_sampling(parts or world.run.parts, num_updates=num_updates, **settings)
 
 
 def make_sf(world, **settings):
-    return score_function(
-        world.run.parts, **{"scoring": SCORING, "num_updates": 1, "kl_weight": 0.0, "kl_budget": 0.0} | settings
-    )
+    settings = {
+        "scoring": SCORING,
+        "num_updates": 1,
+        "kl_weight": 0.0,
+        "kl_budget": 0.0,
+        "min_timestep": 0.0,
+    } | settings
+    return score_function(world.run.parts, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +215,14 @@ def test_timestep_fraction_halves_the_rows(world):
         assert len(history) == 4
         assert np.isfinite([scalars["grad_norm"] for scalars in history]).all()
     assert seen == [2 * SAMPLES * STEPS // 8, SAMPLES * STEPS // 8]
+
+
+def test_steps_below_min_timestep_are_not_learned_from(world):
+    begins = np.asarray(world.batch.trajectory.t[0, :-1])
+    for min_timestep, learned in ((begins[1], 2), (begins[1] + 1, 1), (0.0, STEPS)):
+        slices = make_is(world, min_timestep=float(min_timestep)).slices(world.batch)
+        assert slices.shape == (SAMPLES, STEPS)
+        assert slices[:, :learned].all() and not slices[:, learned:].any()
 
 
 def test_gradient_equals_that_of_one_big_batch_without_the_missing(world):

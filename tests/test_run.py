@@ -217,6 +217,7 @@ def truncated_model(folder, tmp_path):
         ({"train.learnin_rate": 1}, 2, "did you mean --config.train.learning_rate?"),
         ({"sample.num_steps": "many"}, 2, "many"),
         ({"sample.eta": 0.0}, 2, "sample.eta=0"),
+        ({"train.min_timestep": 900}, 2, r"train.min_timestep=900"),
         (empty_prompts, 2, "no prompt in it"),
         (latin_prompts, 2, "line 2 is not UTF-8"),
         (truncated_model, 2, "not a whole safetensors file"),

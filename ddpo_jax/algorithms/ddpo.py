@@ -44,12 +44,14 @@ def importance_sampling(
     old_log_prob: str,
     kl_weight: float,
     kl_budget: float,
+    min_timestep: float,
 ) -> Algorithm:
     """DDPO-IS: PPO-clip on denoising steps; several updates a round.
 
     old_log_prob: `stored` by the rollout, or `recompute`d by the update's own program before the first update, which
     costs that program once more a round (nothing, with one update a round) and makes the first ratio exactly 1.
     kl_weight: of KL(p_θ ‖ p_ref), nats as the log-probs are. kl_budget: the mean KL at which the run ends; 0 is never.
+    min_timestep: steps that begin below it are not learned from.
     """
     if clip_range <= 0:
         raise UserError(f"train.clip_range={clip_range}: expected a positive number; 1e-4 is the published value")
@@ -78,13 +80,14 @@ def importance_sampling(
         scoring=scoring,
         kl_weight=kl_weight,
         kl_budget=kl_budget,
+        min_timestep=min_timestep,
         recompute=_write_log_prob if recompute and num_updates > 1 else None,
         check=check,
     )
 
 
 def score_function(
-    parts: Parts, *, scoring: Scoring, num_updates: int, kl_weight: float, kl_budget: float
+    parts: Parts, *, scoring: Scoring, num_updates: int, kl_weight: float, kl_budget: float, min_timestep: float
 ) -> Algorithm:
     """DDPO-SF: REINFORCE on denoising steps; exactly one update a round.
 
@@ -102,6 +105,7 @@ def score_function(
         scoring=scoring,
         kl_weight=kl_weight,
         kl_budget=kl_budget,
+        min_timestep=min_timestep,
         recompute=None,
         check=lambda first: None,
     )
@@ -114,6 +118,7 @@ def _algorithm(
     scoring: Scoring,
     kl_weight: float,
     kl_budget: float,
+    min_timestep: float,
     recompute: Callable | None,
     check: Callable,
 ) -> Algorithm:
@@ -152,7 +157,9 @@ def _algorithm(
         return row_losses, metrics._replace(mean=mean)
 
     def slices(batch: Rollouts) -> Bool[np.ndarray, "b T"]:
-        return np.asarray(batch.trajectory.trained) & (np.asarray(batch.weight) > 0)[:, None]
+        trajectory = batch.trajectory
+        early = np.asarray(trajectory.t[:, :-1]) >= min_timestep
+        return np.asarray(trajectory.trained) & early & (np.asarray(batch.weight) > 0)[:, None]
 
     def stop(scalars: Mapping[str, Any]) -> str | None:
         kl = scalars.get("kl_reference")
