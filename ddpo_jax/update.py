@@ -123,14 +123,15 @@ def plan(
 ) -> Iterator[list[MicroBatch]]:
     """The micro-batches of each optimizer step of one pass over a batch.
 
-    Samples are shuffled and dealt to the steps whole; of each sample a random `fraction` of its slices is taken,
-    independently. Rows that are not in `slices` are left out; a step left without rows is left out.
+    Samples are shuffled and dealt to the steps whole; of each sample a random `fraction` of its own `slices` is taken,
+    at least one, independently. A sample that has none is left out, and so is a step that is left without rows.
     """
-    taken = max(1, round(slices.shape[1] * fraction))
     for samples in np.array_split(rng.permutation(slices.shape[0]), num_updates):
-        order = rng.permuted(np.tile(np.arange(slices.shape[1]), (len(samples), 1)), axis=1)[:, :taken]
-        rows = np.stack([np.repeat(samples, taken), order.reshape(-1)], axis=1)
-        rows = rows[slices[rows[:, 0], rows[:, 1]]]
+        order = rng.permuted(np.tile(np.arange(slices.shape[1]), (len(samples), 1)), axis=1)
+        own = slices[samples[:, None], order]
+        taken = np.maximum(1, np.round(own.sum(axis=1, keepdims=True) * fraction))
+        chosen = own & (own.cumsum(axis=1) <= taken)
+        rows = np.stack([np.broadcast_to(samples[:, None], own.shape)[chosen], order[chosen]], axis=1)
         if len(rows):
             yield _cut(rows.astype(np.int32), micro_batch_size)
 

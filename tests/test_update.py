@@ -64,6 +64,13 @@ def test_fraction_of_each_sample(fraction, taken):
     assert len({row for step in steps for row in real_rows(step)}) == 10 * taken
 
 
+def test_fraction_is_of_what_a_sample_has():
+    rows = [row for step in steps_of(fraction=0.5) for row in real_rows(step)]
+    taken = np.bincount([sample for sample, _ in rows], minlength=10)
+    assert taken.tolist() == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]  # half of 5 is 2, of 4 too
+    assert all(SLICES[row] for row in rows)
+
+
 def test_samples_take_their_slices_independently():
     steps = steps_of(slices=np.ones((200, 4), bool), fraction=0.5)
     chosen = np.bincount([piece for step in steps for _, piece in real_rows(step)], minlength=4)
