@@ -45,9 +45,9 @@ def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
     if config.sample.eta == 0:
         raise UserError("sample.eta=0 leaves DDPO nothing to learn from: every step is deterministic; set 1")
     first = loaded.timesteps[0]
-    if not 0 <= config.train.min_timestep <= first:
+    if config.train.min_timestep > first:
         raise UserError(
-            f"train.min_timestep={config.train.min_timestep}: expected 0 to {first:g}, where the first of"
+            f"train.min_timestep={config.train.min_timestep}: expected at most {first:g}, where the first of"
             f" {config.sample.num_steps} steps begins"
         )
     tracking = config.per_prompt_stat_tracking
@@ -142,6 +142,7 @@ def check(config: ConfigDict) -> None:
     not_negative = {
         "seed": config.seed,
         "eval_every": config.eval_every,
+        "train.min_timestep": train.min_timestep,
         "train.kl_weight": train.kl_weight,
         "train.kl_budget": train.kl_budget,
         "train.lora_rank": train.lora_rank,

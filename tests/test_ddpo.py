@@ -54,7 +54,7 @@ def make_is(world, *, parts=None, num_updates=2, **settings):
         "old_log_prob": "stored",
         "kl_weight": 0.0,
         "kl_budget": 0.0,
-        "min_timestep": 0.0,
+        "min_timestep": 0,
     } | settings
     return importance_sampling(parts or world.run.parts, num_updates=num_updates, **settings)
 
@@ -65,7 +65,7 @@ def make_sf(world, **settings):
         "num_updates": 1,
         "kl_weight": 0.0,
         "kl_budget": 0.0,
-        "min_timestep": 0.0,
+        "min_timestep": 0,
     } | settings
     return score_function(world.run.parts, **settings)
 
@@ -219,10 +219,17 @@ def test_timestep_fraction_halves_the_rows(world):
 
 def test_steps_below_min_timestep_are_not_learned_from(world):
     begins = np.asarray(world.batch.trajectory.t[0, :-1])
-    for min_timestep, learned in ((begins[1], 2), (begins[1] + 1, 1), (0.0, STEPS)):
-        slices = make_is(world, min_timestep=float(min_timestep)).slices(world.batch)
+    for min_timestep, learned in ((begins[1], 2), (begins[1] + 1, 1), (0, STEPS)):
+        slices = make_is(world, min_timestep=int(min_timestep)).slices(world.batch)
         assert slices.shape == (SAMPLES, STEPS)
         assert slices[:, :learned].all() and not slices[:, learned:].any()
+
+
+def test_the_config_says_which_steps_are_not_learned_from(world, small_folder):
+    begins = np.asarray(world.batch.trajectory.t[0, :-1])
+    for changes in ({}, {"algorithm": "ddpo_sf", "train.num_updates": 1}):
+        config = small_config(small_folder, **{"train.min_timestep": int(begins[1])}, **changes)
+        assert build(config, silent).algorithm.slices(world.batch).sum() == 2 * SAMPLES
 
 
 def test_gradient_equals_that_of_one_big_batch_without_the_missing(world):

@@ -44,7 +44,7 @@ def importance_sampling(
     old_log_prob: str,
     kl_weight: float,
     kl_budget: float,
-    min_timestep: float,
+    min_timestep: int,
 ) -> Algorithm:
     """DDPO-IS: PPO-clip on denoising steps; several updates a round.
 
@@ -87,7 +87,7 @@ def importance_sampling(
 
 
 def score_function(
-    parts: Parts, *, scoring: Scoring, num_updates: int, kl_weight: float, kl_budget: float, min_timestep: float
+    parts: Parts, *, scoring: Scoring, num_updates: int, kl_weight: float, kl_budget: float, min_timestep: int
 ) -> Algorithm:
     """DDPO-SF: REINFORCE on denoising steps; exactly one update a round.
 
@@ -118,7 +118,7 @@ def _algorithm(
     scoring: Scoring,
     kl_weight: float,
     kl_budget: float,
-    min_timestep: float,
+    min_timestep: int,
     recompute: Callable | None,
     check: Callable,
 ) -> Algorithm:
