@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
             if config.compilation_cache:
                 jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-            train(config, workdir)
+            train(config, workdir, argv)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -25,6 +25,7 @@ from ddpo_jax.workdir import write_atomically
 
 TILE = 128  # pixels; smaller pictures are enlarged by a whole factor
 CAPTION = 14  # pixels under a picture
+MARGIN = 4
 PLAIN_EVERY = 30  # seconds
 
 
@@ -40,7 +41,7 @@ class Writer(NamedTuple):
     """Where a run's results go."""
 
     scalars: Callable  # epoch, values: the round's line in metrics.jsonl
-    evaluation: Callable  # epoch, name, values: a line in evaluations.jsonl
+    evaluation: Callable  # epoch, name, values, texts, rewards (n,): a line in evaluations.jsonl
     images: Callable  # epoch, name, images (n, H, W, 3) in [0, 1], captions: a grid in images/
     close: Callable
 
@@ -119,14 +120,23 @@ def make_writer(
         left = (time.monotonic() - begin) / done * (num_epochs - epoch - 1)
         note(summary(epoch, num_epochs, values, left))
 
-    def evaluation(epoch: int, name: str, values: Mapping[str, float | int]) -> None:
-        append(evaluations, {"epoch": epoch, "prompts": name, **values})
+    def evaluation(
+        epoch: int,
+        name: str,
+        values: Mapping[str, float | int],
+        texts: Sequence[str],
+        rewards: Float[np.ndarray, " n"],
+    ) -> None:
+        append(
+            evaluations,
+            {"epoch": epoch, "prompts": name, **values, "texts": list(texts), "rewards": rewards.tolist()},
+        )
         for board in boards:
             board.scalars(epoch, {f"eval/{name}/{key}": value for key, value in values.items()})
 
     def images(epoch: int, name: str, pictures: Float[np.ndarray, "n H W 3"], captions: Sequence[str]) -> None:
         picture = grid(pictures, captions)
-        path = workdir / "images" / f"{name}_{epoch:05d}.png"
+        path = grid_path(workdir, name, epoch)
         path.parent.mkdir(exist_ok=True)
         new = path.with_name(path.name + ".new")
         picture.save(new, format="PNG")
@@ -195,28 +205,70 @@ def drop_later(path: Path, first_epoch: int) -> None:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+def grid_path(workdir: Path, name: str, epoch: int) -> Path:
+    """Where the grid of an evaluation is."""
+    return workdir / "images" / f"{name}_{epoch:05d}.png"
+
+
 def grid(pictures: Float[np.ndarray, "n H W 3"], captions: Sequence[str]) -> Image.Image:
     """The pictures in rows, about as many as columns, each over its caption."""
     count, height, width, _ = pictures.shape
     factor = max(1, math.ceil(TILE / max(height, width)))
     tile_height, tile_width = height * factor, width * factor
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    margin = 4
+    columns, rows = _columns_and_rows(count)
     sheet = Image.new(
         "RGB",
-        (columns * (tile_width + margin) + margin, rows * (tile_height + CAPTION + margin) + margin),
+        (columns * (tile_width + MARGIN) + MARGIN, rows * (tile_height + CAPTION + MARGIN) + MARGIN),
         "white",
     )
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     pixels = np.rint(np.nan_to_num(np.clip(pictures, 0, 1)) * 255).astype(np.uint8)
     for i, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
-        left = margin + i % columns * (tile_width + margin)
-        top = margin + i // columns * (tile_height + CAPTION + margin)
+        left, top = _corner(i, columns, tile_width, tile_height)
         tile = Image.fromarray(picture).resize((tile_width, tile_height), Image.Resampling.NEAREST)
         sheet.paste(tile, (left, top))
         pen.text((left, top + tile_height), caption[: tile_width // 6], fill="black", font=font)
     return sheet
+
+
+def cut(sheet: Image.Image, count: int) -> list[Image.Image]:
+    """The `count` pictures of a grid as they were before it enlarged them, to the bit.
+
+    Pictures that were made of equal squares of one colour, all of them, come back as small as that allows.
+
+    Raises:
+        ValueError: the sheet is no grid of so many pictures.
+    """
+    columns, rows = _columns_and_rows(count)
+    width, rest_width = divmod(sheet.width - MARGIN, columns)
+    height, rest_height = divmod(sheet.height - MARGIN, rows)
+    width, height = width - MARGIN, height - CAPTION - MARGIN
+    if rest_width or rest_height or min(width, height) < 1:
+        raise ValueError(f"{sheet.width} x {sheet.height} pixels are no grid of {count} pictures")
+    corners = [_corner(i, columns, width, height) for i in range(count)]
+    tiles = [sheet.crop((left, top, left + width, top + height)) for left, top in corners]
+    pixels = np.stack([np.asarray(tile) for tile in tiles])
+    factor = next(factor for factor in range(TILE, 0, -1) if _enlarged(pixels, factor))
+    return [tile.resize((width // factor, height // factor), Image.Resampling.NEAREST) for tile in tiles]
+
+
+def _columns_and_rows(count: int) -> tuple[int, int]:
+    columns = math.ceil(math.sqrt(count))
+    return columns, math.ceil(count / columns)
+
+
+def _corner(i: int, columns: int, tile_width: int, tile_height: int) -> tuple[int, int]:
+    """Left and top of the i-th picture of a grid."""
+    return MARGIN + i % columns * (tile_width + MARGIN), MARGIN + i // columns * (tile_height + CAPTION + MARGIN)
+
+
+def _enlarged(tiles: UInt8[np.ndarray, "n H W 3"], factor: int) -> bool:
+    """Whether `grid` may have enlarged pictures to these: each pixel has become a square of its colour."""
+    height, width = tiles.shape[1:3]
+    if height % factor or width % factor or factor != max(1, math.ceil(TILE * factor / max(height, width))):
+        return False
+    small = tiles[:, ::factor, ::factor]
+    return bool((small.repeat(factor, axis=1).repeat(factor, axis=2) == tiles).all())
 
 
 class Board(NamedTuple):
@@ -275,6 +327,8 @@ def _boards(tensorboard: bool, wandb_project: str) -> list[Callable[[Path, int],
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     if isinstance(value, str | int | np.integer):
         return int(value) if isinstance(value, np.integer) else value
     return float(value) if math.isfinite(value) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,13 +16,16 @@ from ddpo_jax.evaluate import evaluate
 from ddpo_jax.export import export
 from ddpo_jax.metrics import Console, Writer
 from ddpo_jax.settings import schedule
+from ddpo_jax.starts import keep_start
 from ddpo_jax.types import PyTree, TrainState
 from ddpo_jax.update import make_update, optimize, summarize
 from ddpo_jax.workdir import claim
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
     """Trains what `config` says in `workdir`, from where an earlier run there stopped, and exports the result.
+
+    argv: the command line that said so, for the record.
 
     Raises:
         UserError: something cannot be used; no work was done.
@@ -46,6 +49,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 tensorboard=config.tensorboard,
                 wandb_project=config.wandb_project,
             )
+            keep_start(workdir, argv, epoch=int(state.epoch))
             for note in run.notes:
                 console.note(note)
             try:
@@ -125,7 +129,7 @@ def show(run: Run, params: PyTree, state: TrainState, epoch: int, writer: Writer
         found = evaluate(run.parts, params, run.frozen, prompts, key_data=state.key, weights=run.reward_weights)
         captions = [f"{text} {reward:.3g}" for text, reward in zip(prompts.texts, found.rewards, strict=True)]
         writer.images(epoch, name, found.images, captions)
-        writer.evaluation(epoch, name, found.report)
+        writer.evaluation(epoch, name, found.report, prompts.texts, found.rewards)
         console.note(
             f"after {epoch} epochs, {name} prompts: reward {found.report['reward/mean']:.4g}"
             f" ± {found.report['reward/std']:.2g}"

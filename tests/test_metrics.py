@@ -84,10 +84,10 @@ def test_an_epoch_that_is_run_again_is_there_once(make, tmp_path):
     writer = make()
     for epoch in range(4):
         writer.scalars(epoch, {"loss": 1.0})
-        writer.evaluation(epoch, "train", {"reward/mean": 1.0})
+        writer.evaluation(epoch, "train", {"reward/mean": 1.0}, ["a cat"], np.ones(1))
     again = make(first_epoch=2)
     again.scalars(2, {"loss": 2.0})
-    again.evaluation(2, "train", {"reward/mean": 2.0})
+    again.evaluation(2, "train", {"reward/mean": 2.0}, ["a cat"], np.ones(1))
     assert [(row["epoch"], row["loss"]) for row in rows(tmp_path / "metrics.jsonl")] == [(0, 1), (1, 1), (2, 2)]
     assert [row["epoch"] for row in rows(tmp_path / "evaluations.jsonl")] == [0, 1, 2]
     assert not list(tmp_path.glob("*.new"))
@@ -97,6 +97,13 @@ def test_a_run_from_the_start_forgets_an_earlier_one(make, tmp_path):
     make().scalars(0, {"loss": 1.0})
     make()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_an_evaluation_tells_each_picture_and_the_boards_its_figures(make, tmp_path):
+    make().evaluation(0, "train", {"reward/mean": 1.5}, ("a cat", "a dog"), np.array([1.5, np.nan], np.float32))
+    assert rows(tmp_path / "evaluations.jsonl") == [
+        {"epoch": 0, "prompts": "train", "reward/mean": 1.5, "texts": ["a cat", "a dog"], "rewards": [1.5, None]}
+    ]
 
 
 # the line on the console
@@ -186,6 +193,25 @@ def test_a_grid_holds_each_picture_enlarged_by_a_whole_factor():
         assert caption.min() < 128  # ink
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+@pytest.mark.parametrize("size", [(8, 8), (43, 43), (64, 64), (40, 64), (128, 128), (200, 130)])
+def test_pictures_come_back_out_of_a_grid_to_the_bit(count, size):
+    images = np.random.default_rng(0).random((count, *size, 3)).astype(np.float32)
+    found = metrics.cut(metrics.grid(images, ["a cat"] * count), count)
+    np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in found]), np.rint(images * 255))
+
+
+def test_flat_pictures_come_back_with_their_colour():
+    found = metrics.cut(metrics.grid(np.zeros((3, 64, 64, 3), np.float32), ["a"] * 3), 3)
+    assert all(not np.asarray(picture).any() for picture in found)
+
+
+def test_another_sheet_is_not_cut():
+    sheet = metrics.grid(pictures(5, size=64), ["a cat"] * 5)
+    with pytest.raises(ValueError, match="no grid of 17 pictures"):
+        metrics.cut(sheet, 17)
+
+
 def test_large_pictures_keep_their_size():
     assert metrics.grid(pictures(1, size=256), ["a cat"]).size == (256 + 8, 256 + metrics.CAPTION + 8)
 
@@ -232,7 +258,7 @@ def test_tensorboard_gets_scalars_evaluations_and_pictures(make, tmp_path):
     pytest.importorskip("tensorboardX")
     writer = make(tensorboard=True)
     writer.scalars(0, {"loss": 1.0})
-    writer.evaluation(0, "train", {"reward/mean": 1.0})
+    writer.evaluation(0, "train", {"reward/mean": 1.0}, ["a cat"], np.ones(1))
     writer.images(0, "train", pictures(2), ["a", "b"])
     writer.close()
     (events,) = (tmp_path / "tensorboard").iterdir()

@@ -104,6 +104,8 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_an_export(finished):
     assert len(list((finished / "images").glob("train_*.png"))) == 4
     assert last_checkpoint(finished)[0] == NUM_EPOCHS
     assert (finished / "export" / "model_index.json").is_file() and (finished / "export" / "README.md").is_file()
+    (start,) = metrics.read(finished / "starts.jsonl")
+    assert start["epoch"] == 0 and f"--config.num_epochs={NUM_EPOCHS}" in start["command"]
 
 
 def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_folder, test_cache, tmp_path):
@@ -128,6 +130,7 @@ def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_
     assert main(arguments) == 0
     assert rows_without_times(workdir) == rows_without_times(finished)
     assert evaluated(workdir) == evaluated(finished)
+    assert len(metrics.read(workdir / "starts.jsonl")) == 5
     weights = Path("export") / "unet" / "diffusion_pytorch_model.safetensors"
     assert (workdir / weights).read_bytes() == (finished / weights).read_bytes()
     (step, state), (expected_step, expected) = last_checkpoint(workdir), last_checkpoint(finished)
