@@ -30,6 +30,7 @@ setup(
         "numpy>=2.0",
         "pillow>=10.1",  # the first whose built-in font has a size
         "rich>=13.7",
+        "matplotlib>=3.9",
         "etils[epath]>=1.12",
         "jaxtyping>=0.3.2",
         "absl-py>=2.1",

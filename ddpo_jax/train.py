@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax import checkpoint, metrics
+from ddpo_jax import checkpoint, metrics, report
 from ddpo_jax.build import Run, about, build, init_state
+from ddpo_jax.errors import Preempted
 from ddpo_jax.evaluate import evaluate
 from ddpo_jax.export import export
 from ddpo_jax.metrics import Console, Writer
@@ -56,6 +57,7 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
                 state = loop(config, run, state, manager, console, writer, workdir)
             finally:
                 writer.close()
+                draw_report(workdir, console.note, running=False)
             params = run.tuning.merge(run.frozen.denoiser, state.params if state.ema is None else state.ema)
             figures = {"epochs": int(state.epoch), "updates": int(state.step), "reward": run.parts.reward.names}
             card = about(config, run, name=workdir.name, figures=figures)
@@ -80,6 +82,8 @@ def loop(
             if last or epoch == 0 or (config.eval_every and epoch % config.eval_every == 0):
                 shown = merge(frozen.denoiser, state.params if state.ema is None else state.ema)
                 show(run, shown, state, epoch, writer, console)
+                if not last:
+                    draw_report(workdir, console.note, running=True)
             if last:
                 break
 
@@ -135,6 +139,16 @@ def show(run: Run, params: PyTree, state: TrainState, epoch: int, writer: Writer
             f" ± {found.report['reward/std']:.2g}"
         )
     console.seconds()
+
+
+def draw_report(workdir: Path, note: Callable[[str], None], *, running: bool) -> None:
+    """Writes report.html. A page that cannot be drawn is told of, and costs the run nothing."""
+    try:
+        report.write(workdir, running=running)
+    except Preempted:
+        raise
+    except Exception as error:
+        note(f"report.html could not be drawn: {error} ({type(error).__name__})")
 
 
 def pass_over(scalars: Mapping[str, float | int]) -> None:

@@ -104,6 +104,8 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_an_export(finished):
     assert len(list((finished / "images").glob("train_*.png"))) == 4
     assert last_checkpoint(finished)[0] == NUM_EPOCHS
     assert (finished / "export" / "model_index.json").is_file() and (finished / "export" / "README.md").is_file()
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert f"{NUM_EPOCHS} of {NUM_EPOCHS}" in page and f"after {NUM_EPOCHS} rounds" in page and "refresh" not in page
     (start,) = metrics.read(finished / "starts.jsonl")
     assert start["epoch"] == 0 and f"--config.num_epochs={NUM_EPOCHS}" in start["command"]
 
@@ -188,6 +190,7 @@ def test_a_scorer_that_fails_later_leaves_the_last_whole_round(small_folder, tmp
     assert last_checkpoint(tmp_path / "run")[0] == 3
     assert len(metrics.read(tmp_path / "run" / "metrics.jsonl")) == 3
     assert not (tmp_path / "run" / "export").exists()
+    assert "3 of 12" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def empty_prompts(folder, tmp_path):
