@@ -119,10 +119,16 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # jpeg_compressibility, jpeg_incompressibility, or module:function of yours; several with commas between.
+    # clip_score, jpeg_compressibility, jpeg_incompressibility, module:function or device:module:function of yours;
+    # several with commas between.
     reward.name = "jpeg_compressibility"
     # Weight of each; () is 1 for all.
     reward.weights = ()
+    # The CLIP of clip_score: a folder as transformers saves it, a hub id, or "tiny": the embedded one.
+    reward.clip_model = "tiny"
+    # Deals each chunk's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
+    # of the evaluations stay the true ones.
+    reward.shuffled = False
     # Seconds that a chunk's scores may take on the host once its pictures are there.
     reward.deadline = 300.0
     # Threads that score on the host, one chunk each.

@@ -16,6 +16,7 @@ from ddpo_jax import algorithms, data, rewards, settings
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
+from ddpo_jax.models.tokenizer import find_too_long, load_tokenizer, tokenize
 from ddpo_jax.policy import make_policy, make_sampler
 from ddpo_jax.process import choose
 from ddpo_jax.settings import Loaded
@@ -49,9 +50,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     settings.check(config)
     dtype = choose(DTYPES, config.compute_dtype, "compute_dtype")
     settings_of = choose(settings.METHODS, config.algorithm, "algorithm")
-    reward, reward_params = rewards.make(
-        config.reward.name, deadline=config.reward.deadline, num_workers=config.reward.num_workers
-    )
+    reward, reward_params = rewards.make(config.reward.name, settings.reward_settings(config.reward))
     reward_weights = np.asarray(config.reward.weights or (1.0,) * len(reward.names), np.float32)
     if len(reward_weights) != len(reward.names) or not reward_weights.any():
         raise UserError(
@@ -68,7 +67,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         remat=config.train.remat,
     )
     jax.eval_shape(tuning.init, jax.random.key(0), pretrained.denoiser)  # raises what init would
-    tokenizer = data.load_tokenizer(pretrained.folder / "tokenizer")
+    tokenizer = load_tokenizer(pretrained.folder / "tokenizer")
     policy = make_policy(
         model,
         num_steps=config.sample.num_steps,
@@ -77,7 +76,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         log_prob_reduction=config.sample.log_prob_reduction,
     )
     prompt_sets, notes = load_prompts(config.prompts, source, tokenizer)
-    uncond = model.encode_text(pretrained.text, jnp.asarray(data.tokenize(tokenizer, [""])))
+    uncond = model.encode_text(pretrained.text, jnp.asarray(tokenize(tokenizer, [""])))
     frozen = on_device(Frozen(pretrained.text, pretrained.denoiser, pretrained.vae, uncond, reward_params))
     parts = Parts(model, policy, make_sampler(model, policy), reward, phase, config.sample.chunk_size)
 
@@ -87,8 +86,9 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
     loaded = Loaded(train_set, train_tokens, tokenizer, resolution, reward_weights, timesteps)
     draw, method_settings = settings_of(config, loaded)
+    learned_from = parts._replace(reward=rewards.shuffled(reward)) if config.reward.shuffled else parts
     return Run(
-        algorithm=algorithms.make(config.algorithm, parts, method_settings),
+        algorithm=algorithms.make(config.algorithm, learned_from, method_settings),
         parts=parts,
         tuning=tuning,
         tx=tx,
@@ -149,8 +149,8 @@ def load_prompts(config: ConfigDict, source: data.PromptSet, tokenizer) -> tuple
     """The train and held-out sets with their tokens, and what the user should know of them."""
     train, held_out = data.split(source, fraction=config.held_out, seed=config.split_seed)
     sets = {"train": train, "held_out": held_out}
-    sets = {name: (found, data.tokenize(tokenizer, found.texts)) for name, found in sets.items() if found.texts}
-    too_long = data.find_too_long(tokenizer, source.texts)
+    sets = {name: (found, tokenize(tokenizer, found.texts)) for name, found in sets.items() if found.texts}
+    too_long = find_too_long(tokenizer, source.texts)
     notes = ()
     if too_long:
         notes = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from ddpo_jax.errors import UserError
 from ddpo_jax.workdir import flatten
 
-USAGE = "python -m ddpo_jax.main --config=configs/NAME.py [--config.train.learning_rate=1e-5] [--workdir=DIR]"
+USAGE = "python -m ddpo_jax.main --config=configs/NAME.py[:VARIANT] [--config.train.learning_rate=1e-5] [--workdir=DIR]"
 OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
 
 
@@ -35,8 +37,27 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
             hint = f"; did you mean --config.{near[0]}?" if near else "; configs/base.py lists every field"
             raise UserError(f"--config.{found[1]}: there is no such field{hint}")
     values = _flags(argv)
-    name = Path(values["config"].config_filename.split(":")[0]).stem
-    return values.config, Path(values.workdir or Path("runs") / name).expanduser()
+    return values.config, Path(values.workdir or Path("runs") / run_name(values["config"].config_filename)).expanduser()
+
+
+def run_name(config_file: str) -> str:
+    """`NAME` of `configs/NAME.py`, `NAME-VARIANT` of `configs/NAME.py:VARIANT`."""
+    path, _, variant = config_file.partition(":")
+    return "-".join([Path(path).stem, *([variant.replace("/", "-")] if variant else [])])
+
+
+def choose_variant(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]], name: str) -> ConfigDict:
+    """`config` with the fields that the recipe's variant `name` changes; "" is the recipe itself.
+
+    Raises:
+        UserError: the recipe has no such variant.
+    """
+    if name and name not in variants:
+        near = difflib.get_close_matches(name, variants, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"this recipe has no variant {name!r}.{hint} It has {', '.join(variants)}")
+    config.update_from_flattened_dict(variants[name] if name else {})
+    return config
 
 
 def joined(argv: list[str]) -> list[str]:
@@ -65,7 +86,19 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     try:
         rest = values(argv)
     except Exception as error:  # a config file is Python, and may raise anything
+        first = _first(error)
+        if isinstance(first, UserError):
+            raise UserError(str(first)) from error
+        if "get_config() takes 0 positional arguments" in str(first):
+            raise UserError("this recipe has no variants: leave out the colon and what is behind it") from error
         raise UserError(f"{error} ({type(error).__name__}); usage: {USAGE}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; usage: {USAGE}")
     return values
+
+
+def _first(error: BaseException) -> BaseException:
+    """What was raised before all else: ml_collections and absl wrap it, traceback and all."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -1,21 +1,18 @@
-"""Prompts and their tokens. A round's prompts are a pure function of (seed, epoch), so a resume needs no position."""
+"""Prompts. A round's prompts are a pure function of (seed, epoch), so a resume needs no position."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
-from transformers import CLIPTokenizer
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.types import Prompts
 
 PROMPTS = Path(__file__).parent / "assets" / "prompts"
-LONGEST = 10_000  # tokens; transformers puts 1e30 where the length is missing
 
 # The range of the published counting runs (jannerm/ddpo, config llava_counting).
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
@@ -30,52 +27,6 @@ class PromptSet(NamedTuple):
 
     texts: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]  # such as questions and answers for a judge
-
-
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The CLIP tokenizer of a diffusers folder, from vocab.json and merges.txt or from tokenizer.json.
-
-    Raises:
-        UserError: the files are missing or broken.
-    """
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        _check_whole(vocab, merges)
-    elif not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{folder}: expected vocab.json and merges.txt, or tokenizer.json; the model folder is not whole"
-        )
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{folder}: not a CLIP tokenizer ({type(error).__name__}: {error})") from error
-    if tokenizer.model_max_length > LONGEST:
-        raise UserError(f"{folder}/tokenizer_config.json: expected model_max_length, such as 77; copy the file anew")
-    return tokenizer
-
-
-def _check_whole(vocab: Path, merges: Path) -> None:
-    # A vocabulary is 256 bytes, the same at a word's end, one entry a merge, and two specials. Fewer merges than that
-    # would split words another way, and say nothing.
-    try:
-        num_entries = len(json.loads(vocab.read_text(encoding="utf-8")))
-        num_merges = sum(1 for line in merges.read_text(encoding="utf-8").split("\n")[1:] if line.strip())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{vocab.parent}: not a CLIP tokenizer ({error})") from None
-    if num_merges < num_entries - 514:
-        raise UserError(f"{merges}: {num_merges} merges; {vocab.name} expects {num_entries - 514}. Copy the file anew")
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
-    """Token ids, cut and padded to the tokenizer's own length (77 for Stable Diffusion)."""
-    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-    return np.asarray(encoded["input_ids"], np.int32)
-
-
-def find_too_long(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> tuple[str, ...]:
-    """The texts that `tokenize` cuts."""
-    lengths = (len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"])
-    return tuple(text for text, length in zip(texts, lengths, strict=True) if length > tokenizer.model_max_length)
 
 
 def prompt_source(name: str, texts: Sequence[Any] = ()) -> PromptSet:

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from ddpo_jax import advantages, data, finetune, image_text, optimizers
+from ddpo_jax import advantages, data, finetune, image_text, optimizers, rewards
 from ddpo_jax.algorithms.ddpo import Scoring
 from ddpo_jax.errors import UserError
+from ddpo_jax.models.tokenizer import find_too_long, tokenize
 from ddpo_jax.types import Finetune, Prompts
 from ddpo_jax.update import Schedule
 
@@ -91,14 +92,18 @@ def sft(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
             source, batch_size=config.data.batch_size, seed=config.seed, epoch=epoch, resolution=loaded.resolution
         )
         ids = np.arange(len(captions), dtype=np.int32)
-        cut = set(data.find_too_long(loaded.tokenizer, captions))
+        cut = set(find_too_long(loaded.tokenizer, captions))
         metadata = tuple({"cut": caption in cut} for caption in captions)
-        return images, Prompts(captions, data.tokenize(loaded.tokenizer, captions), ids, metadata)
+        return images, Prompts(captions, tokenize(loaded.tokenizer, captions), ids, metadata)
 
     return draw, {"prompt_dropout": config.data.prompt_dropout, "num_noise_draws": config.data.num_noise_draws}
 
 
 METHODS = {"ddpo_is": ddpo_is, "ddpo_sf": ddpo, "sft": sft}
+
+
+def reward_settings(reward: ConfigDict) -> rewards.Settings:
+    return rewards.Settings(**{name: reward[name] for name in rewards.Settings._fields})
 
 
 def make_finetune(train: ConfigDict) -> Finetune:

@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder small enough to make in a test: random weights, the real layout."""
+"""Model folders small enough to make in a test: random weights, the real layout."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpo_jax.export import PIPELINE
-from ddpo_jax.models.clip import CLIPTextModel, text_config
+from ddpo_jax.models.clip import CLIPModel, CLIPTextModel, clip_config, text_config
 from ddpo_jax.models.folder import WEIGHTS, write_json, write_weights
 from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
 from ddpo_jax.models.vae import AutoencoderKL, vae_config
@@ -67,6 +67,24 @@ VAE = {
 }
 
 
+CLIP = {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "projection_dim": WIDTH,
+    "text_config": {**TEXT, "model_type": "clip_text_model"},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_act": "quick_gelu",
+        "image_size": 16,
+        "patch_size": 4,
+    },
+}
+
+
 def random_params(module, seed, *inputs):
     """Parameters with every leaf random, biases and norms too, so that no mistake can hide behind a 0 or a 1."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
@@ -102,4 +120,15 @@ def write_folder(folder: Path, *, seed: int = 0, scheduler: dict | None = None) 
         write_weights(folder / part / WEIGHTS[part], params, dtype=np.float32, prefix=prefix)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler or SCHEDULER)
     write_json(folder / "model_index.json", PIPELINE)
+    return folder
+
+
+def write_clip(folder: Path, *, seed: int = 0) -> Path:
+    """Writes a whole small CLIP, its tokenizer too, and returns its folder."""
+    size = CLIP["vision_config"]["image_size"]
+    inputs = jnp.zeros((1, MAX_LENGTH), jnp.int32), jnp.zeros((1, size, size, 3))
+    params = random_params(CLIPModel(clip_config(CLIP)), seed, *inputs)
+    write_tokenizer(folder)
+    write_json(folder / "config.json", CLIP)
+    write_weights(folder / "model.safetensors", params, dtype=np.float32)
     return folder

@@ -90,11 +90,11 @@ def test_a_run_does_not_load_torch(tmp_path):
     """transformers imports torch for some of its classes where it is installed: seconds and gigabytes for nothing."""
     code = (
         "import sys, pathlib, ddpo_jax.train\n"
-        "from ddpo_jax import data\n"
+        "from ddpo_jax.models.tokenizer import load_tokenizer, tokenize\n"
         "from ddpo_jax.tiny.tokenizer import write_tokenizer\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "write_tokenizer(folder)\n"
-        "data.tokenize(data.load_tokenizer(folder), ['a fox'])\n"
+        "tokenize(load_tokenizer(folder), ['a fox'])\n"
         "print(*{'torch', 'diffusers', 'tensorflow'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -35,11 +35,55 @@ def test_recipes_parse(recipe):
     assert config.num_epochs > 0
 
 
+VARIED = """
+from configs import base
+from ddpo_jax.config import choose_variant
+
+VARIANTS = {"lora": {"train.lora_rank": 4}, "kl": {"train.kl_weight": 1}, "broken": {"train.lora_rnk": 4}}
+
+
+def get_config(variant=""):
+    return choose_variant(base.get_config(), VARIANTS, variant)
+"""
+
+
+@pytest.fixture
+def varied(tmp_path):
+    (tmp_path / "varied.py").write_text(VARIED)
+    return f"--config={tmp_path / 'varied.py'}"
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "rank", "weight"),
+    [("", "varied", 0, 0.0), (":", "varied", 0, 0.0), (":lora", "varied-lora", 4, 0.0), (":kl", "varied-kl", 0, 1.0)],
+)
+def test_a_variant_changes_its_fields_and_has_its_own_workdir(varied, variant, name, rank, weight):
+    config, workdir = parse([varied + variant])
+    assert (config.train.lora_rank, config.train.kl_weight) == (rank, weight)
+    assert workdir == Path("runs") / name
+    assert parse([varied + variant, "--config.train.lora_rank=2"])[0].train.lora_rank == 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        (":lroa", "no variant 'lroa'. Did you mean lora? It has lora, kl, broken"),
+        (":something", "no variant 'something'. It has lora, kl, broken"),
+        (":broken", "lora_rnk"),
+    ],
+)
+def test_an_unknown_variant_is_one_error(varied, variant, message):
+    with pytest.raises(UserError) as raised:
+        parse([varied + variant])
+    assert message in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], r"--config is missing"),
         (["--config=configs/none.py"], r"configs/none\.py: no such file"),
+        ([f"{BASE}:lora"], r"^this recipe has no variants"),
         ([BASE, "--config.train.learnin_rate=1"], r"did you mean --config\.train\.learning_rate\?"),
         ([BASE, "--config.zzzzzzzz=1"], r"configs/base\.py lists every field"),
         ([BASE, "--config.sample.num_steps=many"], r"many"),

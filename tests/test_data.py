@@ -11,6 +11,7 @@ from PIL import Image
 
 from ddpo_jax import data, image_text
 from ddpo_jax.errors import UserError
+from ddpo_jax.models.tokenizer import find_too_long, load_tokenizer, tokenize
 from ddpo_jax.plugins import load_object
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -32,7 +33,7 @@ def vocab_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(vocab_folder):
-    return data.load_tokenizer(vocab_folder)
+    return load_tokenizer(vocab_folder)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def captions_of(source, *, epoch, seed=0, batch_size=4):
 
 def test_tokens_are_padded_and_keep_the_end_token_where_cut(tokenizer, vocab_folder):
     ids = json.loads((vocab_folder / "vocab.json").read_text())
-    short, long = data.tokenize(tokenizer, ["A fox", "fox " * 50])
+    short, long = tokenize(tokenizer, ["A fox", "fox " * 50])
     np.testing.assert_array_equal(short, [ids[START], ids["a</w>"], ids["fox</w>"], *[ids[END]] * (LENGTH - 3)])
     np.testing.assert_array_equal(long, [ids[START], *[ids["fox</w>"]] * (LENGTH - 2), ids[END]])
 
@@ -74,20 +75,20 @@ def test_padding_token_is_the_checkpoints_own(vocab_folder, tmp_path):
         (tmp_path / name).write_bytes((vocab_folder / name).read_bytes())
     config = json.loads((vocab_folder / "tokenizer_config.json").read_text()) | {"pad_token": "z"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert set(data.tokenize(data.load_tokenizer(tmp_path), ["a"])[0, 3:]) == {string.ascii_lowercase.index("z")}
+    assert set(tokenize(load_tokenizer(tmp_path), ["a"])[0, 3:]) == {string.ascii_lowercase.index("z")}
 
 
 def test_tokenizer_json_alone_gives_the_same_tokens(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
     texts = ["a fox", "An ant, playing chess!", "", "f o x"]
-    again = data.load_tokenizer(tmp_path)
-    np.testing.assert_array_equal(data.tokenize(again, texts), data.tokenize(tokenizer, texts))
+    again = load_tokenizer(tmp_path)
+    np.testing.assert_array_equal(tokenize(again, texts), tokenize(tokenizer, texts))
 
 
 def test_too_long_are_exactly_the_prompts_that_lose_words(tokenizer):
     texts = ["fox " * count for count in range(1, 2 * LENGTH)]
-    too_long = data.find_too_long(tokenizer, texts)
+    too_long = find_too_long(tokenizer, texts)
     assert too_long == tuple(texts[LENGTH - 2 :])
 
 
@@ -107,7 +108,7 @@ def test_broken_tokenizer_folder(vocab_folder, tmp_path, name, content, message)
     else:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 # Prompt sets

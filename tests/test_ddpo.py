@@ -284,7 +284,7 @@ def test_nan_pictures_are_missing_and_never_learned_from(world):
         cond, trajectory, images = world.run.parts.sample(params, frozen, tokens, keys)
         return cond, trajectory._replace(x=trajectory.x.at[1].set(jnp.nan)), images.at[1, 0, 0, 0].set(jnp.nan)
 
-    reward, reward_params = rewards.make("jpeg_compressibility", deadline=60.0, num_workers=1)
+    reward, reward_params = rewards.make("jpeg_compressibility", rewards.Settings(deadline=60.0, num_workers=1))
     parts = world.run.parts._replace(sample=sample, reward=reward)
     algorithm = make_is(world, parts=parts)
     frozen = world.run.frozen._replace(reward=reward_params)
@@ -341,7 +341,7 @@ def test_kl_is_0_at_the_start_and_positive_after(world, adapted):
 
 
 def test_a_learnable_reward_rises(world):
-    reward, reward_params = rewards.make("device:scorers:redness", deadline=60.0, num_workers=1)
+    reward, reward_params = rewards.make("device:scorers:redness", rewards.Settings(deadline=60.0, num_workers=1))
     parts, frozen = world.run.parts._replace(reward=reward), world.run.frozen._replace(reward=reward_params)
     algorithm = make_is(world, parts=parts)
 

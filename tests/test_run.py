@@ -229,6 +229,11 @@ def truncated_model(folder, tmp_path):
         (latin_prompts, 2, "line 2 is not UTF-8"),
         (truncated_model, 2, "not a whole safetensors file"),
         ({"pretrained.model": "/nowhere/model"}, 2, "no such folder"),
+        (
+            {"reward.name": "clip_score", "reward.clip_model": "/nowhere/clip"},
+            2,
+            "reward.clip_model='/nowhere/clip': no",
+        ),
         ({"train.lora_rank": 2, "train.lora_targets": "nothing"}, 2, "matches no kernel"),
         ({"algorithm": "sft", "data.source": "scorers:nothing"}, 2, "scorers:nothing"),
     ],

@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.layers import Dtype, activation, attend, layer_norm
+
+# The pixel statistics that every published CLIP uses; the tiny one keeps them, so that one processor serves all.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class TowerConfig(NamedTuple):

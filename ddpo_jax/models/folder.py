@@ -1,9 +1,9 @@
-"""Files of a diffusers folder: JSON, and safetensors to and from Flax trees. Pickles are never opened."""
+"""Files of a model folder: JSON, and safetensors to and from Flax trees. Pickles are never opened."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,43 @@ from ddpo_jax import convert
 from ddpo_jax.errors import UserError
 from ddpo_jax.types import PyTree
 
-TINY = Path(__file__).parents[1] / "assets" / "tiny-sd"
+ASSETS = Path(__file__).parents[1] / "assets"
+TINY, TINY_CLIP = ASSETS / "tiny-sd", ASSETS / "tiny-clip"
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+# What is asked of the hub: safetensors, JSON and tokenizer files only.
+PIPELINE_FILES = ("*.json", "*/*.json", "*/merges.txt", *(f"{part}/{file}" for part, file in WEIGHTS.items()))
+CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")
 
 
-def locate(source: str) -> Path:
-    """The local folder of a model: `tiny`, a path, or a hub id (safetensors, JSON and tokenizer files only).
+def locate(
+    source: str, *, field: str = "pretrained.model", tiny: Path = TINY, hub_files: Sequence[str] = PIPELINE_FILES
+) -> Path:
+    """The local folder of a model: `tiny`, a path, or a hub id. `field` is the config's, for errors.
 
     Raises:
         UserError: there is no such folder, and the hub has none either.
     """
     if source == "tiny":
-        return TINY
+        return tiny
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        raise UserError(f"pretrained.model={source!r} is a file; expected a diffusers folder, a hub id or 'tiny'")
+        raise UserError(f"{field}={source!r} is a file; expected a model folder, a hub id or 'tiny'")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"pretrained.model={source!r}: no such folder; expected a diffusers folder, a hub id or 'tiny'")
+        raise UserError(f"{field}={source!r}: no such folder; expected a model folder, a hub id or 'tiny'")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*/*.json", "*/merges.txt", *(f"{part}/{file}" for part, file in WEIGHTS.items())]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=list(hub_files)))
     except Exception as error:  # huggingface_hub raises many unrelated types for "not reachable" and "not there"
         raise UserError(
-            f"pretrained.model={source!r}: no such folder, and the hub did not give it ({error});"
+            f"{field}={source!r}: no such folder, and the hub did not give it ({error});"
             " download it first and give the folder"
         ) from error
 
@@ -61,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a diffusers folder holds it") from None
+        raise UserError(f"{path}: no such file; a whole model folder holds it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
@@ -80,7 +85,7 @@ def read_weights(path: Path, like: PyTree, *, dtype: DTypeLike, prefix: str = ""
         reason = f"; {pickles[0].name} is a pickle, which can run code and is never opened" if pickles else ""
         variants = sorted(other.name for other in path.parent.glob("*.safetensors"))
         reason += f"; {', '.join(variants)} is there, but variants and shards are not read" if variants else ""
-        raise UserError(f"{path}: no such file{reason}; save the pipeline with safe_serialization=True")
+        raise UserError(f"{path}: no such file{reason}; save the model with safe_serialization=True")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

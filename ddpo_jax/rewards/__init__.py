@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,20 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import jpeg
+from ddpo_jax.rewards import clip_score, jpeg
 from ddpo_jax.types import Prompts, PyTree, Reward
 
 # Decoders clip to [0, 1]; this much is rounding, while pictures in [-1, 1] or [0, 255] are far outside it.
 _PIXEL_TOLERANCE = 1e-3
+
+
+class Settings(NamedTuple):
+    """What scorers are made with: the fields of the config's `reward` that they read."""
+
+    deadline: float  # these two as in `on_host`
+    num_workers: int
+    clip_model: str = "tiny"
+
 
 # Scorers on the host, without parameters: images (b, H, W, 3), texts -> (b,)
 HOST = {
@@ -32,20 +41,24 @@ HOST = {
     "jpeg_incompressibility": jpeg.jpeg_incompressibility,
 }
 
+# Scorers that JAX traces, by what makes them: settings -> (pure, prepare, params), as `on_device` reads them
+DEVICE = {
+    "clip_score": lambda settings: clip_score.make(settings.clip_model),
+}
 
-def make(names: str, *, deadline: float, num_workers: int) -> tuple[Reward, tuple[PyTree, ...]]:
+
+def make(names: str, settings: Settings) -> tuple[Reward, tuple[PyTree, ...]]:
     """The reward that the config names, and its parameters for `Frozen.reward`, one tree an expert.
 
     names: one name or several with commas between, each
-      - a name in the table above, such as "jpeg_compressibility";
+      - a name in one of the tables above, such as "jpeg_compressibility";
       - "module:function", a scorer of yours on the host: fn(images, prompts) -> (b,), with images a float32 numpy
         array (b, H, W, 3) in [0, 1] and prompts a tuple of b strings; it runs on threads, so it may be slow;
       - "device:module:function", one that JAX can trace: fn(images) -> (b,). Only such a one has a gradient.
-    deadline, num_workers: as in `on_host`, for each scorer on the host.
 
-    Raises: UserError for a name that is none of these, and for one given twice.
+    Raises: UserError for a name that is none of these, for one given twice, and for a model that cannot be loaded.
     """
-    experts = [_make_expert(name.strip(), deadline=deadline, num_workers=num_workers) for name in names.split(",")]
+    experts = [_make_expert(name.strip(), settings) for name in names.split(",")]
     return join([reward for reward, _ in experts]), tuple(params for _, params in experts)
 
 
@@ -165,6 +178,23 @@ def join(rewards: Sequence[Reward]) -> Reward:
     return Reward(names=names, submit=submit, result=result, pure=pure if single else None)
 
 
+def shuffled(reward: Reward) -> Reward:
+    """The same scores, each batch's dealt out anew among its pictures: a control, from which nothing can be learned.
+
+    Missing pictures stay missing, and a batch's statistics are the true ones. The order follows from the scores, so
+    that a run that is continued deals as one that was not stopped.
+    """
+
+    def result(pending: PyTree) -> Float32[np.ndarray, "b experts"]:
+        scores = reward.result(pending).copy()
+        present = np.isfinite(scores).all(axis=1)
+        rng = np.random.default_rng(scores.view(np.uint32).ravel())
+        scores[present] = rng.permutation(scores[present])
+        return scores
+
+    return reward._replace(result=result, pure=None)
+
+
 def probe(reward: Reward, params: tuple[PyTree, ...], prompts: Prompts, *, resolution: int) -> None:
     """Scores grey pictures for these prompts, so that a reward that cannot work says so before any work is done.
 
@@ -174,19 +204,24 @@ def probe(reward: Reward, params: tuple[PyTree, ...], prompts: Prompts, *, resol
     reward.result(reward.submit(params, images, prompts))
 
 
-def _make_expert(name: str, *, deadline: float, num_workers: int) -> tuple[Reward, PyTree]:
+def _make_expert(name: str, settings: Settings) -> tuple[Reward, PyTree]:
+    threads = {"deadline": settings.deadline, "num_workers": settings.num_workers}
     match name.split(":"):
         case [known] if known in HOST:
-            return on_host(name, HOST[known], deadline=deadline, num_workers=num_workers), ()
+            return on_host(name, HOST[known], **threads), ()
+        case [known] if known in DEVICE:
+            pure, prepare, params = DEVICE[known](settings)
+            return on_device(name, pure, prepare), params
         case [_, _]:
-            return on_host(name, load_object(name), deadline=deadline, num_workers=num_workers), ()
+            return on_host(name, load_object(name), **threads), ()
         case ["device", module, function]:
             fn = load_object(f"{module}:{function}")
             return on_device(name, lambda params, images, inputs: fn(images), lambda prompts: ()), ()
-    near = difflib.get_close_matches(name, HOST, n=1)
+    known = sorted([*HOST, *DEVICE])
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(
-        f"reward.name: there is no reward {name!r}.{hint} Choose from {', '.join(sorted(HOST))}, or give a function of "
+        f"reward.name: there is no reward {name!r}.{hint} Choose from {', '.join(known)}, or give a function of "
         "yours as module:function (or device:module:function if JAX can trace it)."
     )
 

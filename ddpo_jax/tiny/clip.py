@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import CLIPTokenizer
 
-from ddpo_jax.models.clip import CLIPModel, clip_config
+from ddpo_jax.models.clip import MEAN, STD, CLIPModel, clip_config
 from ddpo_jax.models.folder import write_json, write_weights
 from ddpo_jax.tiny.fit import fit, rendered
 from ddpo_jax.tiny.render import RESOLUTION
@@ -54,9 +54,6 @@ CONFIG = {
     "text_config": {**TEXT, "model_type": "clip_text_model"},
     "vision_config": {**VISION, "model_type": "clip_vision_model"},
 }
-# The pixel statistics that every published CLIP uses; the tiny one keeps them, so that one processor serves all.
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def contrastive(

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import TEXT, UNET, VAE, write_folder
 
-from ddpo_jax import data
 from ddpo_jax.export import export
 from ddpo_jax.models import stable_diffusion
+from ddpo_jax.models.tokenizer import load_tokenizer, tokenize
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.tiny.tokenizer import write_tokenizer
 from ddpo_jax.types import Frozen
@@ -87,12 +87,12 @@ def edit_json(path, **changes):
 def our_pictures(folder, guidance_scale):
     """Starting noise and images in [0, 1]."""
     model, pretrained = stable_diffusion.load(str(folder), dtype=jnp.float32)
-    tokenizer = data.load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     policy = make_policy(model, num_steps=NUM_STEPS, eta=0.0, guidance_scale=guidance_scale)
-    uncond = model.encode_text(pretrained.text, jnp.asarray(data.tokenize(tokenizer, [""])))
+    uncond = model.encode_text(pretrained.text, jnp.asarray(tokenize(tokenizer, [""])))
     frozen = Frozen(pretrained.text, None, pretrained.vae, uncond, None)
     keys = sample_keys(jax.random.key(0), 0, len(PROMPTS))
-    tokens = jnp.asarray(data.tokenize(tokenizer, PROMPTS))
+    tokens = jnp.asarray(tokenize(tokenizer, PROMPTS))
     _, trajectory, images = make_sampler(model, policy)(pretrained.denoiser, frozen, tokens, keys)
     return trajectory.x[:, 0], np.asarray(images)
 
@@ -158,15 +158,15 @@ def test_the_exported_tokenizer(saved, tmp_path, files):
     folder = tmp_path / "exported"
     _, pretrained = stable_diffusion.load(str(saved), dtype=jnp.float32)
     export(saved, folder, pretrained.denoiser, about=ABOUT)
-    expected = data.tokenize(data.load_tokenizer(saved / "tokenizer"), ["", *PROMPTS])
+    expected = tokenize(load_tokenizer(saved / "tokenizer"), ["", *PROMPTS])
     assert len(np.unique(expected[1:])) > 10
 
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in (*files, "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(folder / "tokenizer" / name, alone)
-    for tokenizer in (CLIPTokenizer.from_pretrained(alone), data.load_tokenizer(alone)):
-        np.testing.assert_array_equal(data.tokenize(tokenizer, ["", *PROMPTS]), expected)
+    for tokenizer in (CLIPTokenizer.from_pretrained(alone), load_tokenizer(alone)):
+        np.testing.assert_array_equal(tokenize(tokenizer, ["", *PROMPTS]), expected)
 
 
 def test_both_names_of_a_text_encoder_load(saved):

@@ -1,0 +1,66 @@
+"""Does a recipe learn? Several seeds, beside a control whose rewards are dealt to the wrong pictures.
+
+python -m benchmarks.recipes --config=configs/quickstart.py --seeds=0,1,2 --workdir=runs/check
+
+Prints a Markdown table: of each run the mean reward at fixed prompts and noise before and after, of several experts
+also each one's, and the gain in standard deviations over the pictures of the model before training. The evaluations of
+the control are by the true rewards. Runs that were finished before are only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ddpo_jax import metrics
+from ddpo_jax.config import run_name
+
+SHUFFLED = {"true": "false", "shuffled": "true"}
+OF_THE_SUM = {"reward/mean", "reward/std", "reward/missing"}
+
+
+def run(config: str, workdir: Path, seed: int, shuffled: str, overrides: list[str]) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "ddpo_jax.main", f"--config={config}", f"--workdir={workdir}"),
+            *(f"--config.seed={seed}", f"--config.reward.shuffled={shuffled}", *overrides),
+        ],
+        check=True,
+    )
+
+
+def cells(rows: list[Mapping[str, float]]) -> tuple[str, str]:
+    """The mean reward before and after, with each expert's if there are several, and its gain."""
+    before, *_, after = rows
+    experts = [name for name in before if name.startswith("reward/") and name not in OF_THE_SUM]
+    told = ["reward/mean", *(experts if len(experts) > 1 else ())]
+    means = [f"{name.removeprefix('reward/')} {before[name]:.3f} → {after[name]:.3f}" for name in told]
+    gain = (after["reward/mean"] - before["reward/mean"]) / before["reward/std"]
+    return ", ".join(means).removeprefix("mean "), f"{gain:+.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a recipe, with :VARIANT if wanted")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--workdir", type=Path, required=True, help="one run a folder in it")
+    flags, overrides = parser.parse_known_args()
+    table = []
+    for kind, shuffled in SHUFFLED.items():
+        for seed in map(int, flags.seeds.split(",")):
+            workdir = flags.workdir / f"{run_name(flags.config)}-{kind}-{seed}"
+            run(flags.config, workdir, seed, shuffled, overrides)
+            by_prompts = {}
+            for row in metrics.read(workdir / "evaluations.jsonl"):
+                by_prompts.setdefault(row["prompts"], []).append(row)
+            header = [column for name in by_prompts for column in (f"{name.replace('_', '-')} prompts", "gain")]
+            table.append([kind, str(seed), *(cell for rows in by_prompts.values() for cell in cells(rows))])
+    for line in (["reward", "seed", *header], ["---"] * len(table[0]), *table):
+        print(f"| {' | '.join(line)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The embedded model towards pictures that JPEG compresses well.
+
+python -m ddpo_jax.main --config=configs/quick_compressibility.py
+python -m ddpo_jax.main --config=configs/quick_compressibility.py:kl
+python -m ddpo_jax.main --config=configs/quick_compressibility.py:kl_budget
+
+Followed far enough, this reward leaves flat pictures without an animal, as the paper warns (Black et al. 2023,
+Sec. 6.1). `kl` holds the model near the pretrained one by a penalty; `kl_budget` stops when it has gone so far.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from ddpo_jax.config import choose_variant
+
+VARIANTS = {
+    "kl": {"train.kl_weight": 1.0},
+    "kl_budget": {"train.kl_budget": 1e-3},
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = quickstart.get_config()
+    config.reward.name = "jpeg_compressibility"
+    return choose_variant(config, VARIANTS, variant)

@@ -1,0 +1,15 @@
+"""The quickstart by adapters on the attention kernels instead of the whole UNet.
+
+python -m ddpo_jax.main --config=configs/quick_lora.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+
+def get_config() -> ConfigDict:
+    config = quickstart.get_config()
+    config.train.lora_rank = 4
+    config.train.learning_rate = 3e-4  # as ddpo-pytorch trains adapters
+    return config

@@ -1,0 +1,117 @@
+"""Every recipe and every variant of one: it loads, and a shrunk epoch of it runs to an export.
+
+A network of two matrices stands in for Stable Diffusion: what a recipe says is all that is asked here, and tracing and
+compiling a UNet for each would take minutes. Runs of a whole small model are in test_run.py.
+"""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpo_jax import metrics, process, rewards
+from ddpo_jax.config import parse, run_name
+from ddpo_jax.main import main
+from ddpo_jax.models import stable_diffusion
+from ddpo_jax.models.stable_diffusion import Pretrained
+from ddpo_jax.tiny.tokenizer import VOCAB_SIZE
+from ddpo_jax.tiny.unet import SCHEDULER
+from ddpo_jax.types import Model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def recipes():
+    """Each file of configs/, and each variant that it names, as the command line does."""
+    for path in sorted(CONFIGS.glob("[a-z]*.py")):
+        yield path.name
+        for variant in vars(importlib.import_module(f"configs.{path.stem}")).get("VARIANTS", ()):
+            yield f"{path.name}:{variant}"
+
+
+def load(recipe):
+    return parse([f"--config={CONFIGS / recipe}"])[0]
+
+
+def to_come(config):
+    """The rewards that a recipe names and that there are not yet."""
+    return [name for name in config.reward.name.split(",") if name not in rewards.HOST | rewards.DEVICE]
+
+
+RECIPES = tuple(recipes())
+UNREWARDED = [recipe for recipe in RECIPES if to_come(load(recipe))]
+
+# Sizes alone: everything else is the recipe's own.
+SHRUNK = {
+    "num_epochs": 1,
+    "eval_prompts": 2,
+    "sample.num_steps": 4,
+    "sample.num_prompts": 8,
+    "sample.num_samples_per_prompt": 1,
+    "sample.chunk_size": 8,
+    "train.num_updates": 2,
+    "train.micro_batch_size": 8,
+    "data.batch_size": 8,
+    "compilation_cache": "",
+}
+
+CHANNELS = 4
+LATENT = (4, 4, CHANNELS)
+
+
+def make_load(folder):
+    """A stand-in for `stable_diffusion.load`, whatever it is asked for; `folder` gives the tokenizer and the rest."""
+    rng = np.random.default_rng(0)
+
+    def kernel(rows):
+        return (0.1 * rng.normal(size=(rows, CHANNELS))).astype(np.float32)
+
+    def predict(params, x_t, t, cond):
+        attention = params["attn1"]
+        text = cond.mean(axis=1) @ attention["to_k"]["kernel"]
+        return x_t @ attention["to_q"]["kernel"] + text[:, None, None, :]
+
+    def encode(params, images, keys):
+        corners = images[:, ::4, ::4]
+        return jnp.concatenate([corners, corners[..., :1]], axis=-1)
+
+    def decode(params, x_0):
+        return jax.nn.sigmoid(jnp.repeat(jnp.repeat(x_0[..., :3], 4, axis=1), 4, axis=2))
+
+    noise = process.ddim(process.noise_schedule(SCHEDULER))
+    model = Model(lambda params, tokens: params[tokens], predict, encode, decode, noise, LATENT)
+    denoiser = {"attn1": {"to_q": {"kernel": kernel(CHANNELS)}, "to_k": {"kernel": kernel(CHANNELS)}}}
+    pretrained = Pretrained(text=kernel(VOCAB_SIZE), denoiser=denoiser, vae={}, folder=folder)
+    return lambda source, *, dtype, resolution, remat: (model, pretrained)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(stable_diffusion, "load", make_load(small_folder))
+    config, workdir = load(recipe), tmp_path / run_name(recipe)
+    changes = {
+        **SHRUNK,
+        "data.source": "scorers:colored" if config.data.source else "",
+        "reward.name": "scorers:brightness" if to_come(config) else config.reward.name,
+    }
+    arguments = (f"--config.{name}={value}" for name, value in changes.items())
+    assert main([f"--config={CONFIGS / recipe}", f"--workdir={workdir}", *arguments]) == 0
+    (row,) = metrics.read(workdir / "metrics.jsonl")
+    assert row["step"] == 2 * config.train.num_inner_epochs and row["skipped_steps"] == 0
+    shown = metrics.read(workdir / "evaluations.jsonl")
+    assert {(0, "train"), (1, "train")} <= {(row["epoch"], row["prompts"]) for row in shown}
+    assert all(np.isfinite(row["reward/mean"]) for row in shown)
+    assert (workdir / "export" / "model_index.json").is_file() and (workdir / "report.html").is_file()
+
+
+@pytest.mark.parametrize("recipe", UNREWARDED)
+def test_a_reward_to_come_is_one_error_at_once(recipe, tmp_path, capsys):
+    (name,) = to_come(load(recipe))
+    assert main([f"--config={CONFIGS / recipe}", f"--workdir={tmp_path / 'run'}"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and f"there is no reward '{name}'" in errors
+    assert all(known in errors for known in (*rewards.HOST, *rewards.DEVICE))
+    assert not (tmp_path / "run").exists()
