@@ -2,7 +2,7 @@
 
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,unet
 python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
-python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=publish
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ddpo_jax.tiny import clip, vae
+from ddpo_jax.tiny.render import ANIMALS
+from ddpo_jax.tiny.samples import COLUMNS, ETA, GUIDANCE_SCALE, NUM_STEPS, Verdict
+
+Rows = Sequence[Mapping[str, Any]]
 
 CARD = """---
 license: ofl-1.1
@@ -18,6 +24,22 @@ A Stable Diffusion small enough to ship inside a Python package: {size:.1f} MB i
 beside it. It draws 45 animals at 64 px, and is there so that `ddpo_jax` can be tried and tested offline. It goes
 through the same code as Stable Diffusion 1.5, and is of no other use.
 
+## What it draws
+
+![One sample of each animal](samples.jpg)
+
+The first sample of each animal at fixed noise, none chosen: {num_steps} steps, eta {eta:g}, guidance {guidance:g},
+prompts like "a fox". In the same order, with how many of {num_samples} samples the judge recognises:
+
+{table}
+
+**Accuracy by the judge**: {share:.1%} of the samples are taken for the animal that was asked for; for {num_recognised}
+of the 45 animals at least half are. The judge (`ddpo_jax.tiny.judge`) is a small convnet that was trained on renderings
+alone, never on a generated picture; it is right on {judge:.1%} of held-out renderings, and on {judge_reconstructed:.1%}
+of renderings that went through the VAE. {confusions}
+
+## How it was made
+
 **Data.** Pictures rendered by `ddpo_jax.tiny.render`: one of 45 animals, its sprite drawn once from Noto Color Emoji
 (Debian's fonts-noto-color-emoji, SIL Open Font License 1.1), at random sizes, positions and flips, on plain, gradient,
 striped, dotted and checkered backgrounds of 11 colours. Half of the captions name the animal alone ("a fox"), half
@@ -26,20 +48,31 @@ the background too ("a fox on a blue striped background"). No photograph and no 
 **Licence.** The sprites, and so what was learned from them, are derived from a font under the SIL Open Font License
 1.1; the model is given under it too.
 
-**Made by**
+**Commands**
 
 ```
-python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,unet
-python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
-python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=publish
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip --clip-steps={clip_steps}
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=vae,unet --vae-steps={vae_steps}
+python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet --config.num_epochs={epochs}
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 ```
 
-on 2 cores. The CLIP was trained for {clip_steps} steps of 128 pictures, the VAE (8-fold, 4 channels) for {vae_steps}
-steps of 16; it reconstructs held-out pictures at {psnr:.1f} dB. The UNet was trained for {epochs} rounds of {pictures}
-pictures, {updates} updates each. `--clip-steps`, `--vae-steps` and `--config.num_epochs` set these numbers; a stage
-that was stopped continues.
+A stage that was stopped continues. Time on {hardware}, work that a stop lost counted in:
 
-**Use**
+| stage | training | time |
+|---|---|---|
+| CLIP | {clip_steps} steps of {clip_batch} pictures | {clip_time} |
+| VAE | {vae_steps} steps of {vae_batch} pictures | {vae_time} |
+| UNet | {epochs} rounds of {pictures} pictures, {updates} updates each | {unet_time} |
+
+![Loss curves](curves.png)
+
+The VAE ({reduction}-fold, {channels} channels) reconstructs held-out renderings at {psnr:.1f} dB; above, some as they
+are, and below, reconstructed:
+
+![Held-out renderings and their reconstructions](reconstructions.jpg)
+
+## Use
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -49,17 +82,73 @@ pipeline("a fox", height=64, width=64, num_inference_steps=20, guidance_scale=3.
 ```
 """
 
+CONFUSIONS = 8  # of the most frequent that are told
+
 
 def model_card(
-    figures: Mapping[str, float], config: Mapping[str, Any], *, clip_steps: int, epochs: int, size: int
+    rows: Mapping[str, Rows],
+    unet_run: Mapping[str, Any],
+    vae_config: Mapping[str, Any],
+    verdict: Verdict,
+    *,
+    psnr: float,
+    judge_right: tuple[float, float],
+    size: int,
+    hardware: str,
 ) -> str:
-    """README.md of the embedded model. figures: the VAE's; config: the UNet run's, flat; size: bytes of weights."""
+    """README.md of the embedded model.
+
+    rows: of each stage's metrics.jsonl.  unet_run: the UNet run's config, flat.  psnr: dB of the VAE on held-out
+    renderings.  judge_right: the judge's accuracy on held-out renderings, and on their reconstructions.  size: bytes of
+    weights.
+    """
     return CARD.format(
         size=size / 1e6,
-        psnr=figures["psnr"],
-        vae_steps=int(figures["num_steps"]),
-        clip_steps=clip_steps,
-        epochs=epochs,
-        pictures=config["data.batch_size"],
-        updates=config["train.num_updates"],
+        num_steps=NUM_STEPS,
+        eta=ETA,
+        guidance=GUIDANCE_SCALE,
+        num_samples=verdict.num_samples,
+        table=_table(verdict),
+        share=verdict.share,
+        num_recognised=verdict.num_recognised,
+        judge=judge_right[0],
+        judge_reconstructed=judge_right[1],
+        confusions=_confusions(verdict),
+        clip_batch=clip.BATCH,
+        vae_batch=vae.BATCH,
+        clip_steps=rows["clip"][-1]["step"],
+        vae_steps=rows["vae"][-1]["step"],
+        epochs=rows["unet"][-1]["epoch"] + 1,
+        pictures=unet_run["data.batch_size"],
+        updates=unet_run["train.num_updates"],
+        clip_time=duration(seconds(rows["clip"])),
+        vae_time=duration(seconds(rows["vae"])),
+        unet_time=duration(seconds(rows["unet"])),
+        hardware=hardware,
+        reduction=2 ** (len(vae_config["block_out_channels"]) - 1),
+        channels=vae_config["latent_channels"],
+        psnr=psnr,
     )
+
+
+def seconds(rows: Rows) -> float:
+    """What a stage took, over all its restarts: rows hold `seconds`, or `seconds/<phase>`."""
+    return float(sum(value for row in rows for name, value in row.items() if name.partition("/")[0] == "seconds"))
+
+
+def duration(spent: float) -> str:
+    """Seconds as hours and minutes, for people."""
+    hours, minutes = divmod(round(spent / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _table(verdict: Verdict) -> str:
+    cells = [f"{animal} {right}" for animal, right in zip(ANIMALS, verdict.right, strict=True)]
+    lines = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    lines.insert(1, ["---"] * COLUMNS)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _confusions(verdict: Verdict) -> str:
+    told = [f"{asked} for {taken} ({count})" for asked, taken, count in verdict.confusions[:CONFUSIONS]]
+    return f"What it takes for another most often: {', '.join(told)}." if told else "It takes none for another."

@@ -57,12 +57,14 @@ def fit(
         state = jax.jit(start)(jax.random.key(0))
         state = checkpoint.restore_latest(manager, state) or state
         first = int(state["step"])
+        said = time.monotonic()
         for step, batch in ahead(make_batch, first, num_steps):
             state, metrics = update(state, batch)
             if (step + 1) % LOG_EVERY == 0:
                 values = {name: round(float(value), 5) for name, value in metrics.items()}
                 left = (time.monotonic() - begin) / (step + 1 - first) * (num_steps - step - 1) / 60
-                log.write(json.dumps({"step": step + 1, **values}) + "\n")
+                said, before = time.monotonic(), said
+                log.write(json.dumps({"step": step + 1, **values, "seconds": round(said - before, 2)}) + "\n")
                 log.flush()
                 print(f"{workdir.name} {step + 1}/{num_steps}  {values}  {left:.1f} min left", flush=True)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == num_steps:

@@ -13,6 +13,7 @@ from ddpo_jax.tiny.sprites import COLUMNS, EMOJI, SHEET, SIZE
 
 RESOLUTION = 64
 ANIMALS = tuple(EMOJI)
+PROMPTS = tuple(with_article(animal) for animal in ANIMALS)  # the captions that name the animal alone
 
 COLORS = {
     "red": (214, 64, 60), "orange": (240, 150, 50), "yellow": (247, 219, 88), "green": (96, 176, 92),
@@ -43,6 +44,11 @@ def render(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
         kind = f"{color} {pattern}".strip()
         caption += f" on {with_article(kind)} background"
     return picture, caption
+
+
+def animal_of(caption: str) -> int:
+    """The index in ANIMALS of the animal that a caption names."""
+    return PROMPTS.index(caption.partition(" on ")[0])
 
 
 def _background(rng: np.random.Generator, color: Float[np.ndarray, "3"], pattern: str) -> Float[np.ndarray, "64 64 3"]:
