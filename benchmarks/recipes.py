@@ -1,10 +1,11 @@
 """Does a recipe learn? Several seeds, beside a control whose rewards are dealt to the wrong pictures.
 
-python -m benchmarks.recipes --config=configs/quickstart.py --seeds=0,1,2 --workdir=runs/check
+python -m benchmarks.recipes --config=configs/quickstart.py --seeds=0,1,2 --workdir=runs/check --picture=runs/check.png
 
 Prints a Markdown table: of each run the mean reward at fixed prompts and noise before and after, of several experts
 also each one's, and the gain in standard deviations over the pictures of the model before training. The evaluations of
-the control are by the true rewards. Runs that were finished before are only read.
+the control are by the true rewards. Runs that were finished before are only read. With --picture, draws the same
+curves, and pictures before and after.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.picture import write_picture
 from ddpo_jax import metrics
 from ddpo_jax.config import run_name
 
@@ -47,11 +49,14 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a recipe, with :VARIANT if wanted")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=Path, required=True, help="one run a folder in it")
+    parser.add_argument("--picture", type=Path, help="a PNG to write")
     flags, overrides = parser.parse_known_args()
+    seeds = [int(seed) for seed in flags.seeds.split(",")]
+    name = run_name(flags.config)
+    workdirs = {kind: [flags.workdir / f"{name}-{kind}-{seed}" for seed in seeds] for kind in SHUFFLED}
     table = []
     for kind, shuffled in SHUFFLED.items():
-        for seed in map(int, flags.seeds.split(",")):
-            workdir = flags.workdir / f"{run_name(flags.config)}-{kind}-{seed}"
+        for seed, workdir in zip(seeds, workdirs[kind], strict=True):
             run(flags.config, workdir, seed, shuffled, overrides)
             by_prompts = {}
             for row in metrics.read(workdir / "evaluations.jsonl"):
@@ -60,6 +65,8 @@ def main() -> None:
             table.append([kind, str(seed), *(cell for rows in by_prompts.values() for cell in cells(rows))])
     for line in (["reward", "seed", *header], ["---"] * len(table[0]), *table):
         print(f"| {' | '.join(line)} |")
+    if flags.picture:
+        write_picture(flags.picture, workdirs)
 
 
 if __name__ == "__main__":

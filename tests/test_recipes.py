@@ -38,7 +38,8 @@ def load(recipe):
 
 def to_come(config):
     """The rewards that a recipe names and that there are not yet."""
-    return [name for name in config.reward.name.split(",") if name not in rewards.HOST | rewards.DEVICE]
+    known = rewards.HOST | rewards.DEVICE
+    return [name for name in config.reward.name.split(",") if name not in known and ":" not in name]
 
 
 RECIPES = tuple(recipes())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.picture import STYLES, write_picture
 from configs import base
 from ddpo_jax import metrics, report
 from ddpo_jax.errors import Preempted
@@ -433,3 +434,15 @@ def test_a_browser_draws_pictures_and_curves_on_phones_and_desktops(page, tmp_pa
         assert max(width for width, _ in seen["curves"]) > 200 and max(height for _, height in seen["curves"]) > 20
         assert seen["colors"] == ["rgb(0, 114, 178)"]
         assert seen["last"] == ["2"] * 4 and seen["first"] == ["0"] * 4
+
+
+# The picture that a recipe's benchmark draws
+
+
+def test_the_picture_of_several_runs(finished, tmp_path):
+    path = tmp_path / "new" / "run.png"
+    write_picture(path, {"true": [finished, finished], "shuffled": [finished]})
+    with Image.open(path) as picture:
+        shown = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    drawn_colors = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.unique(shown, axis=0)}
+    assert {style["color"] for style in STYLES.values()} <= drawn_colors

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.folder import TINY, write_json
 from ddpo_jax.tiny import card, judge, pictures, publish, samples, vae
@@ -73,6 +74,15 @@ def test_judge_training_writes_what_load_opens_and_continues(tmp_path, monkeypat
     judge.train(tmp_path / "run", tmp_path / "again", num_steps=2)
     again = load_file(tmp_path / "again" / judge.WEIGHTS)
     assert all((again[name] == weights[name]).all() for name in weights)
+
+
+def test_the_judge_is_a_reward():
+    pictures, captions = rendered(FRESH_INDEX, 64)
+    others = [*captions[1:], captions[0]]
+    assert judge.recognised(pictures, captions).mean() >= 0.95
+    assert judge.recognised(pictures, others).mean() <= 0.2
+    with pytest.raises(UserError, match="'a unicorn' names none of the animals"):
+        judge.recognised(pictures[:1], ("a unicorn",))
 
 
 # Samples

@@ -83,7 +83,7 @@ def curves(series: Sequence[Series], *, size: tuple[int, int], x_label: str, log
         values = values[np.isfinite(values)]
         if not values.any():
             axes.set_ylim(-0.05, 1)  # a flat line at the bottom
-            axes.set_yticks([0])
+            axes.set_yticks([0.0])
         elif log and values.min() > 0 and values.max() > 10 * values.min():
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1,) if values.max() > 1e3 * values.min() else (1, 3)))

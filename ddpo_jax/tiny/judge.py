@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -11,10 +12,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models.convnet import ConvNet
 from ddpo_jax.models.folder import TINY, read_json, read_weights, write_json, write_weights
 from ddpo_jax.tiny.fit import fit, rendered
-from ddpo_jax.tiny.render import ANIMALS, RESOLUTION, animal_of
+from ddpo_jax.tiny.render import ANIMALS, PROMPTS, RESOLUTION, animal_of
 from ddpo_jax.types import PyTree
 
 JUDGE = TINY.parent / "tiny-judge"
@@ -46,12 +48,24 @@ def load(folder: Path = JUDGE) -> Callable[[Float[Array, "b H W 3"]], Int[Array,
     return recognise
 
 
+def recognised(images: Float[np.ndarray, "b H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " b"]:
+    """A reward on the host: 1 where a picture is taken for the animal that its prompt names, else 0.
+
+    Raises:
+        UserError: a prompt names none of the 45 animals.
+    """
+    strangers = [prompt for prompt in prompts if prompt.partition(" on ")[0] not in PROMPTS]
+    if strangers:
+        raise UserError(f"{strangers[0]!r} names none of the animals that the judge knows: {', '.join(ANIMALS)}")
+    return (np.asarray(_shipped()(images)) == labels(prompts)).astype(np.float32)
+
+
 def share_right(recognise: Callable, images: Float[np.ndarray, "b H W 3"], captions: list[str]) -> float:
     """The share of pictures whose animal is recognised."""
     return float(np.mean(np.asarray(recognise(images)) == labels(captions)))
 
 
-def labels(captions: list[str]) -> Int[np.ndarray, " b"]:
+def labels(captions: Sequence[str]) -> Int[np.ndarray, " b"]:
     """The indices of the animals that captions name."""
     return np.array([animal_of(caption) for caption in captions], np.int32)
 
@@ -85,3 +99,8 @@ def train(workdir: Path, folder: Path, *, num_steps: int) -> float:
     write_json(folder / "config.json", {"animals": list(ANIMALS), **CONFIG})
     write_weights(folder / WEIGHTS, params, dtype=np.float16)
     return share_right(load(folder), *rendered(HELD_OUT_INDEX, HELD_OUT))
+
+
+@cache
+def _shipped() -> Callable:
+    return load()
