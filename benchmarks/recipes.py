@@ -4,8 +4,8 @@ python -m benchmarks.recipes --config=configs/quickstart.py --seeds=0,1,2 --work
 
 Prints a Markdown table: of each run the mean reward at fixed prompts and noise before and after, of several experts
 also each one's, and the gain in standard deviations over the pictures of the model before training. The evaluations of
-the control are by the true rewards. Runs that were finished before are only read. With --picture, draws the same
-curves, and pictures before and after.
+the control are by the true rewards. What was trained before is not trained again. With --picture, draws them as curves
+beside pictures before and after.
 """
 
 from __future__ import annotations

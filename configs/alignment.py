@@ -21,4 +21,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = compressibility.get_config()
     config.prompts.name = "animal_activities"
     config.reward.name = "vlm_bertscore"
+    config.train.num_updates = 2
     return choose_variant(config, VARIANTS, variant)

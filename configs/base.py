@@ -122,10 +122,11 @@ def get_config() -> ConfigDict:
     # clip_score, jpeg_compressibility, jpeg_incompressibility, module:function or device:module:function of yours;
     # several with commas between.
     reward.name = "jpeg_compressibility"
-    # Weight of each; () is 1 for all.
+    # Weight of each; () is 1 for all. One of weight 0 is only watched: it is in the curves, and not in the reward.
     reward.weights = ()
-    # The CLIP of clip_score: a folder as transformers saves it, a hub id, or "tiny": the embedded one.
-    reward.clip_model = "tiny"
+    # The CLIP of clip_score: a folder as transformers saves it, a hub id, or "tiny": the embedded one, which knows
+    # nothing but the embedded model's pictures.
+    reward.clip_model = ""
     # Deals each chunk's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
     # of the evaluations stay the true ones.
     reward.shuffled = False

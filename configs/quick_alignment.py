@@ -14,5 +14,6 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.reward.name = "clip_score,ddpo_jax.tiny.judge:recognised"
+    config.reward.clip_model = "tiny"
     config.reward.weights = (1.0, 0.0)
     return config

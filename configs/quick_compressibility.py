@@ -5,7 +5,8 @@ python -m ddpo_jax.main --config=configs/quick_compressibility.py:kl
 python -m ddpo_jax.main --config=configs/quick_compressibility.py:kl_budget
 
 Followed far enough, this reward leaves flat pictures without an animal, as the paper warns (Black et al. 2023,
-Sec. 6.1). `kl` holds the model near the pretrained one by a penalty; `kl_budget` stops when it has gone so far.
+Sec. 6.1). `kl` holds the model near the pretrained one by a penalty; `kl_budget` stops when it has gone so far. The
+share of the pictures in which a convnet still finds the animal is looked at, and counts nothing.
 """
 
 from ml_collections import ConfigDict
@@ -21,5 +22,6 @@ VARIANTS = {
 
 def get_config(variant: str = "") -> ConfigDict:
     config = quickstart.get_config()
-    config.reward.name = "jpeg_compressibility"
+    config.reward.name = "jpeg_compressibility,ddpo_jax.tiny.judge:recognised"
+    config.reward.weights = (1.0, 0.0)
     return choose_variant(config, VARIANTS, variant)

@@ -11,6 +11,7 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.reward.name = "clip_score,jpeg_incompressibility"
+    config.reward.clip_model = "tiny"
     # A unit of the first weighs as much as 17 bytes: over the untrained pictures both then spread alike.
     config.reward.weights = (1.0, 60.0)
     return config

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from ddpo_jax import algorithms, data, rewards, settings
@@ -51,12 +53,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     dtype = choose(DTYPES, config.compute_dtype, "compute_dtype")
     settings_of = choose(settings.METHODS, config.algorithm, "algorithm")
     reward, reward_params = rewards.make(config.reward.name, settings.reward_settings(config.reward))
-    reward_weights = np.asarray(config.reward.weights or (1.0,) * len(reward.names), np.float32)
-    if len(reward_weights) != len(reward.names) or not reward_weights.any():
-        raise UserError(
-            f"reward.weights={tuple(config.reward.weights)}: expected {len(reward.names)} numbers, not all 0, one for"
-            f" each of {', '.join(reward.names)}"
-        )
+    reward_weights = weigh(reward.names, tuple(config.reward.weights))
     tuning, tx = settings.make_finetune(config.train), settings.make_optimizer(config.train)
     source = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
 
@@ -102,6 +99,21 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         folder=pretrained.folder,
         notes=(*notes, *describe(config, model, run_length=config.num_epochs)),
     )
+
+
+def weigh(names: Sequence[str], weights: tuple) -> Float32[np.ndarray, " experts"]:
+    """`reward.weights`, or 1 for each expert.
+
+    Raises:
+        UserError: they are not one finite number an expert, or all 0.
+    """
+    weights = weights or (1.0,) * len(names)
+    numbers = all(isinstance(weight, Real) and np.isfinite(weight) for weight in weights)
+    if not numbers or len(weights) != len(names) or not any(weights):
+        raise UserError(
+            f"reward.weights={weights}: expected {len(names)} numbers, not all 0, one for each of {', '.join(names)}"
+        )
+    return np.array(weights, np.float32)
 
 
 def init_state(run: Run, *, seed: int, ema: bool) -> TrainState:

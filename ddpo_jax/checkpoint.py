@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.types import PyTree
 
 
@@ -19,7 +20,8 @@ from ddpo_jax.types import PyTree
 def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
     """A manager of the checkpoints in `folder` that keeps the newest `keep`. Leaving it waits for the last save."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler) as manager:
         yield manager
         manager.wait_until_finished()
 
@@ -32,11 +34,21 @@ def save(manager: ocp.CheckpointManager, step: int, tree: PyTree) -> None:
 
 
 def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> PyTree | None:
-    """The newest checkpoint, with the structure, dtypes and shardings of `like`; None if there is none."""
+    """The newest checkpoint, with the structure, dtypes and shardings of `like`; None if there is none.
+
+    Raises:
+        UserError: it is of a model of other shapes.
+    """
     step = manager.latest_step()
     if step is None:
         return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    # Sorted: what was kept comes back as dicts, in the order of their names.
+    kept = sorted(leaf.shape for leaf in jax.tree.leaves(manager.item_metadata(step).tree))
+    if kept != sorted(leaf.shape for leaf in jax.tree.leaves(abstract)):
+        raise UserError(
+            f"{manager.directory}: checkpoint {step} is of another model than this one; give another --workdir"
+        )
     return manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddpo_jax import checkpoint
+from ddpo_jax.errors import UserError
 
 
 class Tree(NamedTuple):
@@ -38,6 +39,17 @@ def test_restored_is_bit_identical_and_only_the_newest_are_kept(tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(tree(3))
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(tree(3)), strict=True):
         assert leaf.dtype == expected.dtype and np.array_equal(leaf, expected)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
+    other = tree(1)._replace(params={"a": {"kernel": jnp.zeros((5, 4))}, "b": jnp.zeros((3, 4), jnp.bfloat16)})
+    with checkpoint.open_manager(tmp_path / "checkpoints", keep=2) as manager:
+        checkpoint.save(manager, 1, tree(1))
+    with (
+        checkpoint.open_manager(tmp_path / "checkpoints", keep=2) as manager,
+        pytest.raises(UserError, match=r"checkpoint 1 is of another model than this one.*--workdir"),
+    ):
+        checkpoint.restore_latest(manager, other)
 
 
 def test_a_host_copy_outlives_its_source():

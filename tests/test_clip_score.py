@@ -43,7 +43,7 @@ def small_score(small_clip):
 def test_the_embedded_clip_knows_whose_prompt_it_is():
     images, captions = zip(*(render(10**9 - i) for i in range(48)), strict=True)
     images = jnp.asarray(np.stack(images), jnp.float32) / 255
-    reward, params = rewards.make("clip_score", rewards.Settings(deadline=20.0, num_workers=1))
+    reward, params = rewards.make("clip_score", rewards.Settings(deadline=20.0, num_workers=1, clip_model="tiny"))
     own, others = (
         reward.result(reward.submit(params, images, prompts_of(*texts)))[:, 0]
         for texts in (captions, captions[1:] + captions[:1])

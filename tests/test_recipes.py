@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import SCHEDULER
 
 from ddpo_jax import metrics, process, rewards
 from ddpo_jax.config import parse, run_name
+from ddpo_jax.data import prompt_source
 from ddpo_jax.main import main
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.stable_diffusion import Pretrained
 from ddpo_jax.tiny.tokenizer import VOCAB_SIZE
-from ddpo_jax.tiny.unet import SCHEDULER
 from ddpo_jax.types import Model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -106,6 +107,37 @@ def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkey
     assert {(0, "train"), (1, "train")} <= {(row["epoch"], row["prompts"]) for row in shown}
     assert all(np.isfinite(row["reward/mean"]) for row in shown)
     assert (workdir / "export" / "model_index.json").is_file() and (workdir / "report.html").is_file()
+
+
+# Of a round: samples, updates, learning rate, advantage clip, statistics of a prompt (buffer, least count), prompts.
+# From jannerm/ddpo (config/base.py) and, for `lora`, kvablack/ddpo-pytorch (config/dgx.py).
+PUBLISHED = {
+    "compressibility.py": (256, 4, 1e-5, 10, 32, 16, 398),
+    "incompressibility.py": (256, 4, 1e-5, 10, 32, 16, 398),
+    "aesthetic.py": (256, 4, 1e-5, 10, 32, 16, 45),
+    "alignment.py": (256, 2, 1e-5, 10, 32, 16, 135),
+    "compressibility.py:lora": (256, 4, 3e-4, 5, 16, 16, 398),
+    "incompressibility.py:lora": (256, 4, 3e-4, 5, 16, 16, 398),
+    "aesthetic.py:lora": (256, 2, 3e-4, 5, 32, 16, 45),
+    "alignment.py:lora": (288, 2, 3e-4, 5, 32, 16, 135),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_paper_s_recipe_has_its_numbers(recipe):
+    config = load(recipe)
+    found = (
+        config.sample.num_prompts * config.sample.num_samples_per_prompt,
+        config.train.num_updates,
+        config.train.learning_rate,
+        config.train.adv_clip_max,
+        config.per_prompt_stat_tracking.buffer_size,
+        config.per_prompt_stat_tracking.min_count,
+        len(prompt_source(config.prompts.name).texts),
+    )
+    assert found == PUBLISHED[recipe]
+    assert (config.sample.num_steps, config.sample.eta, config.sample.guidance_scale) == (50, 1.0, 5.0)
+    assert (config.train.clip_range, config.train.num_inner_epochs, config.train.min_timestep) == (1e-4, 1, 0)
 
 
 @pytest.mark.parametrize("recipe", UNREWARDED)

@@ -313,6 +313,20 @@ def test_shuffled_deals_whole_rows_out_anew_and_tells_nothing():
     assert abs((before * after).mean() / before.var()) < 0.2  # 240 pictures: 0.06 by chance
 
 
+def test_shuffled_deals_although_a_watched_expert_knows_nothing():
+    """One of weight 0 may lack every score: the control must not become the run."""
+    pair = rewards.join(
+        [
+            host(lambda images, prompts: images[:, 0, 0, 0], name="one"),
+            host(lambda images, prompts: np.full(len(images), np.nan), name="watched"),
+        ]
+    )
+    images = jnp.asarray(make_images(16))
+    true, dealt = (scored(reward, images, ((), ())) for reward in (pair, rewards.shuffled(pair)))
+    assert (true[:, 0] != dealt[:, 0]).any()
+    np.testing.assert_array_equal(np.sort(true[:, 0]), np.sort(dealt[:, 0]))
+
+
 MINE = """
 import jax.numpy as jnp
 

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.folder import TINY, write_json
 from ddpo_jax.tiny import card, judge, pictures, publish, samples, vae
@@ -81,8 +80,7 @@ def test_the_judge_is_a_reward():
     others = [*captions[1:], captions[0]]
     assert judge.recognised(pictures, captions).mean() >= 0.95
     assert judge.recognised(pictures, others).mean() <= 0.2
-    with pytest.raises(UserError, match="'a unicorn' names none of the animals"):
-        judge.recognised(pictures[:1], ("a unicorn",))
+    assert np.isnan(judge.recognised(pictures[:1], ("a unicorn",))).all()
 
 
 # Samples

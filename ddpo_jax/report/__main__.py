@@ -12,8 +12,8 @@ def main(argv: list[str]) -> int:
         return 0 if argv[:1] in (["--help"], ["-h"]) else 2
     try:
         report.write(Path(argv[0]))
-    except (OSError, ValueError) as error:
-        print(f"error: {argv[0]}: no report can be made of it ({error})", file=sys.stderr)
+    except (OSError, ValueError, KeyError) as error:  # a KeyError: the files lack what this version reads
+        print(f"error: {argv[0]}: no report can be made of it ({type(error).__name__}: {error})", file=sys.stderr)
         return 2
     print(Path(argv[0]) / "report.html")
     return 0

@@ -32,7 +32,7 @@ class Settings(NamedTuple):
 
     deadline: float  # these two as in `on_host`
     num_workers: int
-    clip_model: str = "tiny"
+    clip_model: str = ""
 
 
 # Scorers on the host, without parameters: images (b, H, W, 3), texts -> (b,)
@@ -181,13 +181,13 @@ def join(rewards: Sequence[Reward]) -> Reward:
 def shuffled(reward: Reward) -> Reward:
     """The same scores, each batch's dealt out anew among its pictures: a control, from which nothing can be learned.
 
-    Missing pictures stay missing, and a batch's statistics are the true ones. The order follows from the scores, so
-    that a run that is continued deals as one that was not stopped.
+    A picture without any score keeps none; what one expert lacks is dealt out with the rest. A batch's statistics are
+    the true ones. The order follows from the scores, so that a run that is continued deals as one that was not stopped.
     """
 
     def result(pending: PyTree) -> Float32[np.ndarray, "b experts"]:
         scores = reward.result(pending).copy()
-        present = np.isfinite(scores).all(axis=1)
+        present = np.isfinite(scores).any(axis=1)
         rng = np.random.default_rng(scores.view(np.uint32).ravel())
         scores[present] = rng.permutation(scores[present])
         return scores
@@ -257,6 +257,8 @@ def _call(
 ) -> Float32[np.ndarray, " b"]:
     try:
         scores = np.asarray(fn(images, prepare(prompts)))
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         raise RunStopped(f"reward {name} raised {type(error).__name__}: {error}") from error
     if scores.shape != (len(images),) or scores.dtype.kind not in "fiub":

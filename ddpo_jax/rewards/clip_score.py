@@ -56,6 +56,10 @@ def load(source: str) -> LoadedCLIP:
     Raises:
         UserError: something is missing, broken or does not fit; the message names the file.
     """
+    if not source:
+        raise UserError(
+            "reward.clip_model='': clip_score needs a CLIP; give a folder as transformers saves it, a hub id, or tiny"
+        )
     folder = locate(source, field="reward.clip_model", tiny=TINY_CLIP, hub_files=CLIP_FILES)
     module = CLIPModel(read_config(folder))
     config = module.config

@@ -46,6 +46,11 @@ def render(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
     return picture, caption
 
 
+def names_animal(caption: str) -> bool:
+    """Whether it is a caption such as `render` gives."""
+    return caption.partition(" on ")[0] in PROMPTS
+
+
 def animal_of(caption: str) -> int:
     """The index in ANIMALS of the animal that a caption names."""
     return PROMPTS.index(caption.partition(" on ")[0])

@@ -130,8 +130,8 @@ def test_what_diffusers_saves(saved, scheduler, guidance_scale):
 
 @pytest.mark.parametrize(
     ("scheduler", "stored"),
-    [(DDIM, np.float32), (PNDM, np.float16)],
-    ids=["DDIM", "PNDM that does not speak of clipping, in half precision"],
+    [(DDIM, np.float32), (DDIM | {"prediction_type": "v_prediction"}, np.float32), (PNDM, np.float16)],
+    ids=["DDIM", "v-prediction", "PNDM that does not speak of clipping, in half precision"],
 )
 def test_what_we_export(tmp_path, scheduler, stored):
     """Opened with no setting, it is DDIM in float32, and every tensor of the text encoder's file is in the network."""
