@@ -36,7 +36,7 @@ def write_picture(path: Path, workdirs: Mapping[str, Sequence[Path]]) -> None:
     curves = above.subplots(1, len(first.evaluations), sharey=True, squeeze=False)[0]
     for axes, name in zip(curves, first.evaluations, strict=True):
         _draw_curves(axes, name, runs)
-    curves[0].set_ylabel(f"mean {first.config['reward.name']}")
+    curves[0].set_ylabel(f"mean {told.reward_terms(first)[0]}")
     curves[0].legend(frameon=False, fontsize="small", loc="upper left")
     _draw_pictures(below, first.workdir, next(iter(first.evaluations.values())))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,35 +13,37 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.picture import write_picture
-from ddpo_jax import metrics
 from ddpo_jax.config import run_name
+from ddpo_jax.report import told
+from ddpo_jax.report.told import Row
 
 SHUFFLED = {"true": "false", "shuffled": "true"}
-OF_THE_SUM = {"reward/mean", "reward/std", "reward/missing"}
 
 
 def run(config: str, workdir: Path, seed: int, shuffled: str, overrides: list[str]) -> None:
-    subprocess.run(
+    """Trains; ends with the run's own exit status where it fails, as it has said why."""
+    status = subprocess.run(
         [
             *(sys.executable, "-m", "ddpo_jax.main", f"--config={config}", f"--workdir={workdir}"),
             *(f"--config.seed={seed}", f"--config.reward.shuffled={shuffled}", *overrides),
         ],
-        check=True,
-    )
+        check=False,
+    ).returncode
+    if status:
+        sys.exit(status)
 
 
-def cells(rows: list[Mapping[str, float]]) -> tuple[str, str]:
+def cells(rows: list[Row], experts: list[str]) -> tuple[str, str]:
     """The mean reward before and after, with each expert's if there are several, and its gain."""
     before, *_, after = rows
-    experts = [name for name in before if name.startswith("reward/") and name not in OF_THE_SUM]
-    told = ["reward/mean", *(experts if len(experts) > 1 else ())]
-    means = [f"{name.removeprefix('reward/')} {before[name]:.3f} → {after[name]:.3f}" for name in told]
-    gain = (after["reward/mean"] - before["reward/mean"]) / before["reward/std"]
-    return ", ".join(means).removeprefix("mean "), f"{gain:+.2f}"
+    means = [
+        f"{name.rpartition(':')[2]} {before[key]:.3f} → {after[key]:.3f}"
+        for name, key in [("", "reward/mean"), *((name, f"reward/{name}") for name in experts)]
+    ]
+    return ", ".join(means).strip(), f"{told.gain(before, after):+.2f}"
 
 
 def main() -> None:
@@ -58,11 +60,11 @@ def main() -> None:
     for kind, shuffled in SHUFFLED.items():
         for seed, workdir in zip(seeds, workdirs[kind], strict=True):
             run(flags.config, workdir, seed, shuffled, overrides)
-            by_prompts = {}
-            for row in metrics.read(workdir / "evaluations.jsonl"):
-                by_prompts.setdefault(row["prompts"], []).append(row)
-            header = [column for name in by_prompts for column in (f"{name.replace('_', '-')} prompts", "gain")]
-            table.append([kind, str(seed), *(cell for rows in by_prompts.values() for cell in cells(rows))])
+            run_told = told.read(workdir)
+            header = [column for name in run_told.evaluations for column in (told.SETS[name], "gain")]
+            evaluations = run_told.evaluations.values()
+            experts = told.experts(run_told)
+            table.append([kind, str(seed), *(cell for rows in evaluations for cell in cells(rows, experts))])
     for line in (["reward", "seed", *header], ["---"] * len(table[0]), *table):
         print(f"| {' | '.join(line)} |")
     if flags.picture:

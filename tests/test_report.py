@@ -254,8 +254,19 @@ def test_each_of_several_rewards_has_a_curve(tmp_path):
     write_evaluation(writer, 0, [1.0, 2.0, 3.0])
     write_round(writer, 0, **{"reward/scorers:brightness": 0.5})
     fragment = part(drawn(tmp_path / "run"), "reward")
-    assert "<b>jpeg_compressibility</b>" in fragment and "<b>scorers:brightness</b>" in fragment
-    assert fragment.count("<svg") == 4
+    assert "<b>jpeg_compressibility</b>" in fragment and "<b>brightness</b>" in fragment
+    assert fragment.count("<svg") == 4 and "Watched" not in fragment
+
+
+def test_a_watched_reward_is_called_so(tmp_path):
+    rewards = {"reward.name": "jpeg_compressibility,scorers:brightness", "reward.weights": [2.0, 0.0]}
+    writer = start(tmp_path / "run", **rewards)
+    write_evaluation(writer, 0, [1.0, 2.0, 3.0])
+    write_round(writer, 0, **{"reward/scorers:brightness": 0.5})
+    page = drawn(tmp_path / "run")
+    assert "<dt>Reward</dt><dd>2 × jpeg_compressibility</dd>" in page.replace("<wbr>", "")
+    assert "<dt>Watched</dt><dd>scorers:brightness</dd>" in page.replace("<wbr>", "")
+    assert part(page, "reward").count("Watched: it counts nothing.") == 1
 
 
 def test_one_evaluation_has_nothing_to_compare_with(tmp_path):

@@ -24,6 +24,7 @@ from ddpo_jax.report.told import (
     prompt_means,
     public,
     result,
+    reward_terms,
     rounds_done,
 )
 from ddpo_jax.workdir import flatten
@@ -39,10 +40,12 @@ def header(told: Told, *, running: bool) -> str:
     """What ran, how far it came, and what it gained."""
     config = told.config
     tuned = f"LoRA of rank {config['train.lora_rank']}" if config["train.lora_rank"] else "the whole UNet"
+    reward, watched = reward_terms(told)
     spent = [x for phase in phases(told) for x in column(told.rounds, phase) if math.isfinite(x)]
     facts = {
         "Algorithm": config["algorithm"],
-        "Reward": config["reward.name"] + (", not trained on" if config["algorithm"] == "sft" else ""),
+        "Reward": reward + (", not trained on" if config["algorithm"] == "sft" else ""),
+        **({"Watched": ", ".join(watched)} if watched else {}),
         "Model": f"{public(config['pretrained.model'])}, {tuned}",
         "Rounds": f"{rounds_done(told)} of {config['num_epochs']}",
         "Time in rounds": duration(sum(spent, 0.0)),
@@ -69,8 +72,13 @@ def rewards(told: Told) -> str:
         contents.append(both_sizes("loss", losses, x_label="rounds done", log=True))
     contents.append(legend(main))
     contents.append(both_sizes("mean reward", main, x_label="rounds done"))
+    _, watched = reward_terms(told)
     panels = [
-        plot(name, "", plots.curves(series, size=NARROW, x_label="rounds done"))
+        plot(
+            name.rpartition(":")[2],
+            "Watched: it counts nothing." if name in watched else "",
+            plots.curves(series, size=NARROW, x_label="rounds done"),
+        )
         for name in experts(told)
         if (series := reward_series(told, f"reward/{name}"))
     ]

@@ -66,8 +66,15 @@ def result(told: Told) -> str:
 def change(name: str, before: Row, after: Row) -> str:
     """The mean reward of two evaluations, and the gain in standard deviations over the pictures of the first."""
     first, last = before["reward/mean"], after["reward/mean"]
-    gain = f" ({signed((last - first) / before['reward/std'])} σ)" if before["reward/std"] else ""
-    return f"from {digits(first)} to {digits(last)} for {name}{gain}"
+    deviations = f" ({signed(gain(before, after))} σ)" if before["reward/std"] else ""
+    return f"from {digits(first)} to {digits(last)} for {name}{deviations}"
+
+
+def gain(before: Row, after: Row) -> float:
+    """The rise in standard deviations over the pictures of the first evaluation; NaN if they are all alike."""
+    if not before["reward/std"]:
+        return math.nan
+    return (after["reward/mean"] - before["reward/mean"]) / before["reward/std"]
 
 
 def prompt_means(row: Row) -> dict[str, float]:
@@ -77,6 +84,14 @@ def prompt_means(row: Row) -> dict[str, float]:
         if reward is not None:
             found[text].append(reward)
     return {text: sum(rewards) / len(rewards) if rewards else math.nan for text, rewards in found.items()}
+
+
+def reward_terms(told: Told) -> tuple[str, list[str]]:
+    """The reward as its config puts it together, and the experts that are only watched."""
+    names = [name.strip() for name in told.config["reward.name"].split(",")]
+    weights = dict(zip(names, told.config["reward.weights"] or [1.0] * len(names), strict=True))
+    terms = [name if weight == 1 else f"{weight:g} × {name}" for name, weight in weights.items() if weight]
+    return " + ".join(terms), [name for name, weight in weights.items() if not weight]
 
 
 def experts(told: Told) -> list[str]:
