@@ -91,7 +91,8 @@ def get_config() -> ConfigDict:
     train.timestep_fraction = 1.0
     # Denoising steps that begin below this timestep, of the checkpoint's 1000, are sampled but not learned from; 0
     # learns from all, as published. With few steps the last but one adds so little noise that its log-prob is 6 times
-    # as steep as any other's (of 8 steps, that from 126 to 1): most of the gradient's variance, and it decides little.
+    # as steep as any other's, or more (of 8 steps, that from 126 to 1): most of the gradient's variance, and it decides
+    # little.
     # The KL, its weight and its budget are then of the steps that are learned from.
     train.min_timestep = 0
     # (sample, timestep) rows a gradient program. Larger is faster until memory is full; it changes only rounding.

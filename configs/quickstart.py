@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.train.num_updates = 4
     config.train.micro_batch_size = 32
     # Two ways to a clear gradient from 64 samples a round: no late steps (base.py says why), and each animal its own
-    # baseline. Without the first alone a run gains a third as much in as many rounds.
+    # baseline.
     config.train.min_timestep = 200
     config.per_prompt_stat_tracking.buffer_size = 8
     config.per_prompt_stat_tracking.min_count = 4

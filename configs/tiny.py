@@ -1,6 +1,6 @@
 """The embedded model's UNet, trained from scratch by sft on rendered animals.
 
-python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,unet
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,decoder,unet
 python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 """

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.folder import TINY, write_json
+from ddpo_jax.models.folder import TINY, WEIGHTS, write_json
 from ddpo_jax.tiny import card, judge, pictures, publish, samples, vae
 from ddpo_jax.tiny.fit import rendered
 from ddpo_jax.tiny.render import ANIMALS, PROMPTS, animal_of, render
@@ -46,7 +46,8 @@ def test_animal_of_a_caption(caption, animal):
 def test_each_stage_draws_pictures_of_its_own():
     from ddpo_jax.tiny import clip
 
-    first = [0, clip.FIRST_INDEX, vae.FIRST_INDEX, judge.FIRST_INDEX, vae.HELD_OUT_INDEX, judge.HELD_OUT_INDEX]
+    first = [0, clip.FIRST_INDEX, vae.FIRST_INDEX, vae.DECODER_FIRST_INDEX, judge.FIRST_INDEX]
+    first += [vae.HELD_OUT_INDEX, judge.HELD_OUT_INDEX]
     assert np.diff(first).min() >= 100_000_000  # more than any stage draws
 
 
@@ -83,13 +84,28 @@ def test_the_judge_is_a_reward():
     assert np.isnan(judge.recognised(pictures[:1], ("a unicorn",))).all()
 
 
+# The VAE
+
+
+def test_the_decoder_trains_on_and_the_encoder_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "HELD_OUT", 8)
+    shutil.copytree(TINY / "vae", tmp_path / "vae")
+    (path,) = (tmp_path / "vae").glob("*.safetensors")
+    before = load_file(path)
+    figures = vae.train_decoder(tmp_path / "run", tmp_path, num_steps=2)
+    after = load_file(path)
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed and {name.partition(".")[0] for name in changed} <= {"decoder", "post_quant_conv"}
+    assert figures["psnr"] > 20 and figures["num_steps"] == 2
+
+
 # Samples
 
 
-def test_the_embedded_model_draws():
-    drawn = samples.draw("tiny", prompts=PROMPTS[:2], num_samples=2, num_steps=1)
-    assert drawn.shape == (2, 2, 64, 64, 3)
-    assert drawn.min() >= 0 and drawn.max() <= 1
+def test_the_embedded_model_draws_animals():
+    drawn = samples.draw("tiny", num_samples=1, num_steps=10)
+    assert drawn.shape == (45, 1, 64, 64, 3)
+    assert samples.verdict(samples.recognise_all(judge.load(), drawn)).share >= 0.5
 
 
 def test_each_sample_has_its_own_noise_whatever_their_number(small_folder):
@@ -138,12 +154,16 @@ def published(small_folder, tmp_path_factory):
     """A folder published from a workdir whose stages never were."""
     workdir, target = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("assets") / "tiny-sd"
     shutil.copytree(small_folder, workdir / "unet" / "export")
+    shutil.copytree(small_folder / "vae", workdir / "model" / "vae")
+    (workdir / "unet" / "export" / "vae" / WEIGHTS["vae"]).write_bytes(b"of a decoder that was trained on since")
     write_json(workdir / "unet" / "config.json", {"data.batch_size": 1024, "train.num_updates": 64})
     shutil.copytree(small_folder / "text_encoder", workdir / "tiny-clip")
     # The CLIP was killed after step 100, and went on from step 50.
     clip = [{"step": step, "loss": 1 / step, "accuracy": 0.5, "seconds": 600.0} for step in (50, 100, 100, 150)]
     unet = [{"epoch": i, "loss": 0.1, "seconds/data": 1.0, "seconds/update": 59.0} for i in range(43)]
-    for stage, rows in (("clip", clip), ("vae", [{"step": 50, "psnr": 20.0, "seconds": 45.0}]), ("unet", unet)):
+    vae_rows = [{"step": 50, "psnr": 20.0, "seconds": 45.0}]
+    decoder = [{"step": 50, "psnr": 20.0, "seconds": 120.0}]
+    for stage, rows in (("clip", clip), ("vae", vae_rows), ("decoder", decoder), ("unet", unet)):
         path = workdir / stage / "metrics.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -182,9 +202,11 @@ def test_published_clip_carries_its_tokenizer(published):
         "91.2%",
         "26.0 dB",  # 10 lg (1 / 0.05²)
         "| CLIP | 150 steps of 128 pictures | 40 min |",
-        "| VAE | 50 steps of 16 pictures | 1 min |",
+        "| VAE | 50 steps of 8 pictures | 1 min |",
+        "| VAE's decoder alone | 50 steps of 8 pictures | 2 min |",
+        "--vae-steps=50\n",
+        "--decoder-steps=50\n",
         "| UNet | 43 rounds of 1024 pictures, 64 updates each | 43 min |",
-        "--config.num_epochs=43",
         "4-fold, 4 channels",
         "an abacus",
     ],
@@ -222,4 +244,4 @@ def test_sheet_enlarges_and_lays_out_by_rows():
 def test_what_ships_is_small():
     folders = (TINY, TINY.parent / "tiny-clip")
     assert sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors")) < 16_000_000
-    assert sum(path.stat().st_size for path in TINY.glob("*.[jp][pn]g")) < 300_000
+    assert sum(path.stat().st_size for path in TINY.glob("*.[jp][pn]g")) < 400_000

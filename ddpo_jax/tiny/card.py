@@ -22,7 +22,8 @@ tags: [stable-diffusion, ddpo_jax, toy]
 
 A Stable Diffusion small enough to ship inside a Python package: {size:.1f} MB in float16 together with the tiny CLIP
 beside it. It draws 45 animals at 64 px, and is there so that `ddpo_jax` can be tried and tested offline. It goes
-through the same code as Stable Diffusion 1.5, and is of no other use.
+through the same code as Stable Diffusion 1.5, and is of no other use. Like 2.x it predicts v; like newer models its
+latents have {channels} channels.
 
 ## What it draws
 
@@ -52,8 +53,9 @@ the background too ("a fox on a blue striped background"). No photograph and no 
 
 ```
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip --clip-steps={clip_steps}
-python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=vae,unet --vae-steps={vae_steps}
-python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet --config.num_epochs={epochs}
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=vae --vae-steps={vae_steps}
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=decoder,unet --decoder-steps={decoder_steps}
+python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 ```
 
@@ -63,9 +65,12 @@ A stage that was stopped continues. Time on {hardware}, work that a stop lost co
 |---|---|---|
 | CLIP | {clip_steps} steps of {clip_batch} pictures | {clip_time} |
 | VAE | {vae_steps} steps of {vae_batch} pictures | {vae_time} |
+| VAE's decoder alone | {decoder_steps} steps of {vae_batch} pictures | {decoder_time} |
 | UNet | {epochs} rounds of {pictures} pictures, {updates} updates each | {unet_time} |
 
 ![Loss curves](curves.png)
+
+The figures behind the curves are in `logs/`.
 
 The VAE ({reduction}-fold, {channels} channels) reconstructs held-out renderings at {psnr:.1f} dB; above, some as they
 are, and below, reconstructed:
@@ -118,11 +123,13 @@ def model_card(
         vae_batch=vae.BATCH,
         clip_steps=rows["clip"][-1]["step"],
         vae_steps=rows["vae"][-1]["step"],
+        decoder_steps=rows["decoder"][-1]["step"],
         epochs=rows["unet"][-1]["epoch"] + 1,
         pictures=unet_run["data.batch_size"],
         updates=unet_run["train.num_updates"],
         clip_time=duration(seconds(rows["clip"])),
         vae_time=duration(seconds(rows["vae"])),
+        decoder_time=duration(seconds(rows["decoder"])),
         unet_time=duration(seconds(rows["unet"])),
         hardware=hardware,
         reduction=2 ** (len(vae_config["block_out_channels"]) - 1),

@@ -52,8 +52,8 @@ def recognised(images: Float[np.ndarray, "b H W 3"], prompts: Sequence[str]) -> 
 
     Of a prompt that names none of the 45 animals the judge knows nothing: NaN.
     """
-    asked = np.array([animal_of(prompt) if names_animal(prompt) else np.nan for prompt in prompts])
-    return np.where(np.isnan(asked), asked, np.asarray(_shipped()(images)) == asked)
+    asked = np.array([animal_of(prompt) if names_animal(prompt) else np.nan for prompt in prompts], np.float32)
+    return np.where(np.isnan(asked), asked, np.asarray(_shipped()(images)) == asked).astype(np.float32)
 
 
 def share_right(recognise: Callable, images: Float[np.ndarray, "b H W 3"], captions: list[str]) -> float:

@@ -1,6 +1,6 @@
 """Makes the embedded model, in three commands; each continues where it was stopped.
 
-python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,unet
+python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,decoder,unet
 python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 """
@@ -24,6 +24,11 @@ def make_vae(flags: argparse.Namespace) -> None:
     write_json(flags.workdir / "vae" / "figures.json", figures)
 
 
+def make_decoder(flags: argparse.Namespace) -> None:
+    figures = vae.train_decoder(flags.workdir / "decoder", flags.workdir / "model", num_steps=flags.decoder_steps)
+    write_json(flags.workdir / "decoder" / "figures.json", figures)
+
+
 def make_unet(flags: argparse.Namespace) -> None:
     unet.write_untrained(flags.workdir / "model")
 
@@ -37,7 +42,14 @@ def make_publish(flags: argparse.Namespace) -> None:
     publish(flags.workdir, flags.target, hardware=flags.hardware)
 
 
-STAGES = {"clip": make_clip, "vae": make_vae, "unet": make_unet, "judge": make_judge, "publish": make_publish}
+STAGES = {
+    "clip": make_clip,
+    "vae": make_vae,
+    "decoder": make_decoder,
+    "unet": make_unet,
+    "judge": make_judge,
+    "publish": make_publish,
+}
 
 
 def main() -> None:
@@ -46,6 +58,7 @@ def main() -> None:
     parser.add_argument("--stages", required=True, help=f"comma-separated: {', '.join(STAGES)}")
     parser.add_argument("--clip-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--judge-steps", type=int, default=1000)
     parser.add_argument("--target", type=Path, default=TINY, help="where publish writes")
     parser.add_argument("--hardware", default="2 CPU cores", help="what the stages ran on, for the card")

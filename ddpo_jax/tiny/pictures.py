@@ -34,13 +34,15 @@ def write_sheet(path: Path, pictures: Float[np.ndarray, "n H W 3"], *, columns: 
     sheet(pictures, columns=columns).save(path, quality=85, subsampling=0, optimize=True)
 
 
-def write_curves(path: Path, *, clip: Rows, vae: Rows, unet: Rows) -> None:
-    """Writes the loss curves of the three parts, from the rows of their metrics.jsonl."""
+def write_curves(path: Path, *, clip: Rows, vae: Rows, decoder: Rows, unet: Rows) -> None:
+    """Writes the loss curves of the stages, from the rows of their metrics.jsonl."""
+    later = [{**row, "step": vae[-1]["step"] + row["step"]} for row in decoder]
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     _draw(left, clip, "step", {"loss": "contrastive loss", "accuracy": "accuracy in a batch"}, title="CLIP")
-    _draw(middle, vae, "step", {"psnr": "dB, a training batch"}, title="VAE")
-    _draw(right, unet, "epoch", {"loss": "ε error"}, title="UNet")
+    _draw(middle, vae, "step", {"psnr": "dB, a training batch"}, title="VAE, then its decoder alone")
+    _draw(middle, later, "step", {"psnr": "the decoder alone"}, title=middle.get_title())
+    _draw(right, unet, "epoch", {"loss": "denoising error"}, title="UNet")
     right.set_yscale("log")
     figure.savefig(path, dpi=80, metadata={"Software": None})
 

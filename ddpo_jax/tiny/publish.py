@@ -17,8 +17,7 @@ from ddpo_jax.tiny.card import model_card
 from ddpo_jax.tiny.fit import rendered
 from ddpo_jax.tiny.pictures import write_curves, write_sheet
 
-STAGES = ("clip", "vae", "unet")
-HELD_OUT = 256  # pictures that the VAE is measured on
+STAGES = ("clip", "vae", "decoder", "unet")
 SHOWN = 9  # of them in the card
 
 
@@ -45,6 +44,7 @@ def publish(workdir: Path, target: Path, *, hardware: str) -> None:
 def copy_parts(workdir: Path, target: Path) -> None:
     """Writes the trained parts to `target` in float16, and the CLIP beside it."""
     _copy_folder(workdir / "unet" / "export", target)
+    _copy_folder(workdir / "model" / "vae", target / "vae")  # its decoder may be younger than the UNet's run
     for path in target.rglob("*.safetensors"):
         tensors = {name: tensor.astype(np.float16) for name, tensor in load_file(path).items()}
         write_tensors(path, tensors)
@@ -56,7 +56,7 @@ def copy_parts(workdir: Path, target: Path) -> None:
 def measure(target: Path) -> Measured:
     """Measures the folder as it lies there."""
     recognise = judge.load()
-    originals, captions = rendered(vae.HELD_OUT_INDEX, HELD_OUT)
+    originals, captions = rendered(vae.HELD_OUT_INDEX, vae.HELD_OUT)
     reconstructions = samples.reconstruct(str(target), originals)
     drawn = samples.draw(str(target))
     return Measured(
@@ -70,8 +70,11 @@ def measure(target: Path) -> Measured:
 
 
 def write_card(workdir: Path, target: Path, measured: Measured, *, hardware: str) -> None:
-    """Writes README.md and its pictures into `target`."""
-    rows = {stage: metrics.read(workdir / stage / "metrics.jsonl") for stage in STAGES}
+    """Writes README.md, its pictures and the stages' logs into `target`."""
+    (target / "logs").mkdir()
+    for stage in STAGES:
+        shutil.copy(workdir / stage / "metrics.jsonl", target / "logs" / f"{stage}.jsonl")
+    rows = {stage: metrics.read(target / "logs" / f"{stage}.jsonl") for stage in STAGES}
     write_curves(target / "curves.png", **rows)
     strip = np.concatenate([measured.originals[:SHOWN], measured.reconstructions[:SHOWN]])
     write_sheet(target / "reconstructions.jpg", strip, columns=SHOWN)
