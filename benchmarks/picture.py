@@ -32,11 +32,11 @@ def write_picture(path: Path, workdirs: Mapping[str, Sequence[Path]]) -> None:
     runs = {kind: [told.read(workdir) for workdir in found] for kind, found in workdirs.items()}
     first = runs["true"][0]
     figure = Figure(figsize=SIZE, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(5, 5))
+    above, below = figure.subfigures(2, 1)
     curves = above.subplots(1, len(first.evaluations), sharey=True, squeeze=False)[0]
     for axes, name in zip(curves, first.evaluations, strict=True):
         _draw_curves(axes, name, runs)
-    curves[0].set_ylabel(f"mean {told.reward_terms(first)[0]}")
+    curves[0].set_ylabel(f"mean {told.reward_sum(first)}")
     curves[0].legend(frameon=False, fontsize="small", loc="upper left")
     _draw_pictures(below, first.workdir, next(iter(first.evaluations.values())))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,11 +39,11 @@ def run(config: str, workdir: Path, seed: int, shuffled: str, overrides: list[st
 def cells(rows: list[Row], experts: list[str]) -> tuple[str, str]:
     """The mean reward before and after, with each expert's if there are several, and its gain."""
     before, *_, after = rows
-    means = [
-        f"{name.rpartition(':')[2]} {before[key]:.3f} → {after[key]:.3f}"
-        for name, key in [("", "reward/mean"), *((name, f"reward/{name}") for name in experts)]
-    ]
-    return ", ".join(means).strip(), f"{told.gain(before, after):+.2f}"
+    columns = {"": "reward/mean"}
+    if len(experts) > 1:
+        columns |= {f"{name.rpartition(':')[2]} ": f"reward/{name}" for name in experts}
+    means = (f"{name}{told.digits(before[key])} → {told.digits(after[key])}" for name, key in columns.items())
+    return ", ".join(means), told.signed(told.gain(before, after))
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a PNG to write")
     flags, overrides = parser.parse_known_args()
     seeds = [int(seed) for seed in flags.seeds.split(",")]
-    name = run_name(flags.config)
-    workdirs = {kind: [flags.workdir / f"{name}-{kind}-{seed}" for seed in seeds] for kind in SHUFFLED}
+    recipe = run_name(flags.config)
+    workdirs = {kind: [flags.workdir / f"{recipe}-{kind}-{seed}" for seed in seeds] for kind in SHUFFLED}
     table = []
     for kind, shuffled in SHUFFLED.items():
         for seed, workdir in zip(seeds, workdirs[kind], strict=True):
@@ -63,7 +63,7 @@ def main() -> None:
             run_told = told.read(workdir)
             header = [column for name in run_told.evaluations for column in (told.SETS[name], "gain")]
             evaluations = run_told.evaluations.values()
-            experts = told.experts(run_told)
+            experts = list(told.reward_weights(run_told))
             table.append([kind, str(seed), *(cell for rows in evaluations for cell in cells(rows, experts))])
     for line in (["reward", "seed", *header], ["---"] * len(table[0]), *table):
         print(f"| {' | '.join(line)} |")

@@ -11,6 +11,7 @@ from ddpo_jax.models.clip import CLIPModel, CLIPTextModel, clip_config, text_con
 from ddpo_jax.models.folder import WEIGHTS, write_json, write_weights
 from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
 from ddpo_jax.models.vae import AutoencoderKL, vae_config
+from ddpo_jax.tiny import unet as tiny
 from ddpo_jax.tiny.tokenizer import MAX_LENGTH, VOCAB_SIZE, write_tokenizer
 
 WIDTH = 16
@@ -65,18 +66,7 @@ VAE = {
     "scaling_factor": 0.5,
 }
 
-# As a checkpoint of the 1.x family that names DDIM.
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+SCHEDULER = tiny.SCHEDULER | {"prediction_type": "epsilon"}  # as the 1.x family predicts
 
 CLIP = {
     "architectures": ["CLIPModel"],

@@ -96,7 +96,7 @@ def test_the_decoder_trains_on_and_the_encoder_stays(tmp_path, monkeypatch):
     after = load_file(path)
     changed = {name for name in before if (before[name] != after[name]).any()}
     assert changed and {name.partition(".")[0] for name in changed} <= {"decoder", "post_quant_conv"}
-    assert figures["psnr"] > 20 and figures["num_steps"] == 2
+    assert figures["psnr"] > 20 and 0.5 < figures["latent_std"] < 2
 
 
 # Samples

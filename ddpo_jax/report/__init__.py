@@ -18,7 +18,7 @@ def write(workdir: Path, *, running: bool = False) -> None:
     """Writes workdir/report.html anew. running: the page says so, and loads itself again from time to time.
 
     Raises:
-        OSError, ValueError: there is no run in the folder, or a file of it is broken.
+        OSError, ValueError, KeyError: there is no run in the folder, or a file of it is broken or of another version.
     """
     told = read(workdir)
     films = {name: make_films(workdir, name, rows) for name, rows in told.evaluations.items()}

@@ -18,13 +18,13 @@ from ddpo_jax.report.told import (
     column,
     digits,
     duration,
-    experts,
     moment,
     phases,
     prompt_means,
     public,
     result,
-    reward_terms,
+    reward_sum,
+    reward_weights,
     rounds_done,
 )
 from ddpo_jax.workdir import flatten
@@ -40,11 +40,11 @@ def header(told: Told, *, running: bool) -> str:
     """What ran, how far it came, and what it gained."""
     config = told.config
     tuned = f"LoRA of rank {config['train.lora_rank']}" if config["train.lora_rank"] else "the whole UNet"
-    reward, watched = reward_terms(told)
+    watched = [name for name, weight in reward_weights(told).items() if not weight]
     spent = [x for phase in phases(told) for x in column(told.rounds, phase) if math.isfinite(x)]
     facts = {
         "Algorithm": config["algorithm"],
-        "Reward": reward + (", not trained on" if config["algorithm"] == "sft" else ""),
+        "Reward": reward_sum(told) + (", not trained on" if config["algorithm"] == "sft" else ""),
         **({"Watched": ", ".join(watched)} if watched else {}),
         "Model": f"{public(config['pretrained.model'])}, {tuned}",
         "Rounds": f"{rounds_done(told)} of {config['num_epochs']}",
@@ -72,15 +72,15 @@ def rewards(told: Told) -> str:
         contents.append(both_sizes("loss", losses, x_label="rounds done", log=True))
     contents.append(legend(main))
     contents.append(both_sizes("mean reward", main, x_label="rounds done"))
-    _, watched = reward_terms(told)
+    weights = reward_weights(told)
     panels = [
         plot(
             name.rpartition(":")[2],
-            "Watched: it counts nothing." if name in watched else "",
+            "" if weight else "Watched: it counts nothing.",
             plots.curves(series, size=NARROW, x_label="rounds done"),
         )
-        for name in experts(told)
-        if (series := reward_series(told, f"reward/{name}"))
+        for name, weight in weights.items()
+        if len(weights) > 1 and (series := reward_series(told, f"reward/{name}"))
     ]
     if panels:
         contents += ["<h3>Each reward by itself, before weighting</h3>", f'<div class="plots">{"".join(panels)}</div>']

@@ -71,8 +71,8 @@ def change(name: str, before: Row, after: Row) -> str:
 
 
 def gain(before: Row, after: Row) -> float:
-    """The rise in standard deviations over the pictures of the first evaluation; NaN if they are all alike."""
-    if not before["reward/std"]:
+    """The rise in standard deviations over the pictures of the first evaluation; NaN if there is none."""
+    if not before["reward/std"] or after["reward/mean"] is None:
         return math.nan
     return (after["reward/mean"] - before["reward/mean"]) / before["reward/std"]
 
@@ -86,20 +86,16 @@ def prompt_means(row: Row) -> dict[str, float]:
     return {text: sum(rewards) / len(rewards) if rewards else math.nan for text, rewards in found.items()}
 
 
-def reward_terms(told: Told) -> tuple[str, list[str]]:
-    """The reward as its config puts it together, and the experts that are only watched."""
+def reward_weights(told: Told) -> dict[str, float]:
+    """The weight of each expert; one of weight 0 is only watched."""
     names = [name.strip() for name in told.config["reward.name"].split(",")]
-    weights = dict(zip(names, told.config["reward.weights"] or [1.0] * len(names), strict=True))
-    terms = [name if weight == 1 else f"{weight:g} × {name}" for name, weight in weights.items() if weight]
-    return " + ".join(terms), [name for name, weight in weights.items() if not weight]
+    return dict(zip(names, told.config["reward.weights"] or [1.0] * len(names), strict=True))
 
 
-def experts(told: Told) -> list[str]:
-    """The names of the rewards that make up the reward, where there are several."""
-    rows = [*told.rounds, *(row for rows in told.evaluations.values() for row in rows)]
-    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("reward/"))
-    names = [key.removeprefix("reward/") for key in keys if key not in ("reward/mean", "reward/std", "reward/missing")]
-    return names if len(names) > 1 else []
+def reward_sum(told: Told) -> str:
+    """The reward as its config puts it together, without what is only watched."""
+    terms = reward_weights(told).items()
+    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in terms if weight)
 
 
 def column(rows: Sequence[Row], key: str) -> list[float]:

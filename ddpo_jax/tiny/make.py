@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ddpo_jax.models.folder import TINY, write_json
+from ddpo_jax.models.folder import TINY
 from ddpo_jax.tiny import clip, judge, unet, vae
 from ddpo_jax.tiny.publish import publish
 
@@ -20,13 +20,11 @@ def make_clip(flags: argparse.Namespace) -> None:
 
 
 def make_vae(flags: argparse.Namespace) -> None:
-    figures = vae.train(flags.workdir / "vae", flags.workdir / "model", num_steps=flags.vae_steps)
-    write_json(flags.workdir / "vae" / "figures.json", figures)
+    print(vae.train(flags.workdir / "vae", flags.workdir / "model", num_steps=flags.vae_steps))
 
 
 def make_decoder(flags: argparse.Namespace) -> None:
-    figures = vae.train_decoder(flags.workdir / "decoder", flags.workdir / "model", num_steps=flags.decoder_steps)
-    write_json(flags.workdir / "decoder" / "figures.json", figures)
+    print(vae.train_decoder(flags.workdir / "decoder", flags.workdir / "model", num_steps=flags.decoder_steps))
 
 
 def make_unet(flags: argparse.Namespace) -> None:

@@ -39,19 +39,21 @@ def write_curves(path: Path, *, clip: Rows, vae: Rows, decoder: Rows, unet: Rows
     later = [{**row, "step": vae[-1]["step"] + row["step"]} for row in decoder]
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    _draw(left, clip, "step", {"loss": "contrastive loss", "accuracy": "accuracy in a batch"}, title="CLIP")
-    _draw(middle, vae, "step", {"psnr": "dB, a training batch"}, title="VAE, then its decoder alone")
-    _draw(middle, later, "step", {"psnr": "the decoder alone"}, title=middle.get_title())
-    _draw(right, unet, "epoch", {"loss": "denoising error"}, title="UNet")
+    _draw(left, clip, "step", {"loss": "contrastive loss", "accuracy": "accuracy in a batch"})
+    _draw(middle, vae, "step", {"psnr": "dB, a training batch"})
+    _draw(middle, later, "step", {"psnr": "the decoder alone"})
+    _draw(right, unet, "epoch", {"loss": "denoising error"})
+    for axes, title in ((left, "CLIP"), (middle, "VAE, then its decoder alone"), (right, "UNet")):
+        axes.set_title(title)
     right.set_yscale("log")
     figure.savefig(path, dpi=80, metadata={"Software": None})
 
 
-def _draw(axes: Any, rows: Rows, x: str, names: Mapping[str, str], *, title: str) -> None:
+def _draw(axes: Any, rows: Rows, x: str, names: Mapping[str, str]) -> None:
     # A stage that was stopped logs the steps since its checkpoint again: the last row of a step counts.
     latest = sorted({row[x]: row for row in rows}.items())
     for name, label in names.items():
         axes.plot([at for at, _ in latest], [row[name] for _, row in latest], label=label, linewidth=1)
-    axes.set(title=title, xlabel="round" if x == "epoch" else x)
+    axes.set_xlabel("round" if x == "epoch" else x)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend(frameon=False, fontsize="small")

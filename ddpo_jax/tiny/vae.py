@@ -59,10 +59,10 @@ def train(workdir: Path, folder: Path, *, num_steps: int) -> dict[str, float]:
         return error + KL_WEIGHT * kl, {"psnr": 10 * jnp.log10(4 / error), "kl": kl, "latent_std": mean.std()}
 
     params = _fit(loss, _init, FIRST_INDEX, workdir, num_steps)
-    _, mean, _ = jax.jit(_reconstruct)(params, _pixels(HELD_OUT_INDEX, HELD_OUT), jax.random.key(2))
-    std = float(jnp.std(mean))
-    write_json(folder / "vae" / "config.json", {**CONFIG, "scaling_factor": round(1 / std, 5)})
-    return {**_write(folder, params), "latent_std": std, "num_steps": num_steps}
+    figures = _measure(params)
+    write_json(folder / "vae" / "config.json", {**CONFIG, "scaling_factor": round(1 / figures["latent_std"], 5)})
+    write_weights(folder / "vae" / WEIGHTS["vae"], params, dtype=np.float16)
+    return figures
 
 
 def train_decoder(workdir: Path, folder: Path, *, num_steps: int) -> dict[str, float]:
@@ -81,8 +81,9 @@ def train_decoder(workdir: Path, folder: Path, *, num_steps: int) -> dict[str, f
     def start(key):
         return {name: whole[name] for name in ("decoder", "post_quant_conv")}
 
-    decoder = _fit(loss, start, DECODER_FIRST_INDEX, workdir, num_steps)
-    return {**_write(folder, {**whole, **decoder}), "num_steps": num_steps}
+    params = {**whole, **_fit(loss, start, DECODER_FIRST_INDEX, workdir, num_steps)}
+    write_weights(path, params, dtype=np.float16)
+    return _measure(params)
 
 
 def _fit(loss, init, first_index: int, workdir: Path, num_steps: int) -> PyTree:
@@ -109,9 +110,8 @@ def _reconstruct(params: PyTree, pixels, key) -> tuple:
     return MODULE.apply({"params": params}, latent, method="decode"), mean, log_variance
 
 
-def _write(folder: Path, params: PyTree) -> dict[str, float]:
-    """Writes the weights in float16; their figures on held-out pictures."""
-    write_weights(folder / "vae" / WEIGHTS["vae"], params, dtype=np.float16)
+def _measure(params: PyTree) -> dict[str, float]:
+    """Figures on held-out pictures."""
     pixels = _pixels(HELD_OUT_INDEX, HELD_OUT)
-    out, _, _ = jax.jit(_reconstruct)(params, pixels, jax.random.key(2))
-    return {"psnr": psnr(float(jnp.mean((out - pixels) ** 2)))}
+    out, mean, _ = jax.jit(_reconstruct)(params, pixels, jax.random.key(2))
+    return {"psnr": psnr(float(jnp.mean((out - pixels) ** 2))), "latent_std": float(jnp.std(mean))}
