@@ -1,16 +1,26 @@
-"""The embedded model's UNet, trained from scratch by sft on rendered animals.
+"""The embedded model's UNet, trained by sft on rendered animals: from scratch, then on portraits.
 
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,decoder,unet
 python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
+python -m ddpo_jax.main --config=configs/tiny.py:portraits --workdir=runs/tiny/portraits
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
+from ddpo_jax.config import choose_variant
+
+VARIANTS = {
+    "portraits": {
+        "seed": 1,  # other noise than the first run's
+        "pretrained.model": "runs/tiny/unet/export",
+        "data.source": "ddpo_jax.tiny.render:portrait",
+    },
+}
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     config = base.get_config()
     config.algorithm = "sft"
     config.num_epochs = 50
@@ -32,4 +42,4 @@ def get_config() -> ConfigDict:
     config.train.num_decay_steps = 50 * 64
     config.train.adam_weight_decay = 1e-3
     config.train.ema_decay = 0.998
-    return config
+    return choose_variant(config, VARIANTS, variant)

@@ -1,6 +1,8 @@
 """The embedded model and what makes it: renderings, the judge, samples, the card."""
 
+import itertools
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.folder import TINY, WEIGHTS, write_json
 from ddpo_jax.tiny import card, judge, pictures, publish, samples, vae
 from ddpo_jax.tiny.fit import rendered
-from ddpo_jax.tiny.render import ANIMALS, PROMPTS, animal_of, render
+from ddpo_jax.tiny.render import ANIMALS, PROMPTS, animal_of, portrait, render
 
 FRESH_INDEX = 9_200_000_000  # of renderings that no stage has seen
 
@@ -41,6 +43,25 @@ def test_renderings_show_every_animal_and_name_it():
 )
 def test_animal_of_a_caption(caption, animal):
     assert ANIMALS[animal_of(caption)] == animal
+
+
+def test_portraits_keep_an_animal_in_its_place():
+    """By how far the masks of pictures of one animal overlap: nearly, or in part where places and flips differ."""
+    assert portrait(FRESH_INDEX)[1] == render(FRESH_INDEX)[1]
+    assert _mean_overlap(portrait) > 0.75 > 0.6 > _mean_overlap(render)
+
+
+def _mean_overlap(draw):
+    drawn = [draw(FRESH_INDEX + i) for i in range(600)]
+    masks = {}
+    for picture, caption in drawn:
+        if not re.search(r" on an? \w+ background$", caption):
+            continue  # not plain, or not told
+        mask = np.abs(picture.astype(int) - picture[0, 0]).sum(axis=-1) > 30
+        masks.setdefault(caption.partition(" on ")[0], []).append(mask)
+    pairs = [(a, b) for same in masks.values() for a, b in itertools.combinations(same, 2)]
+    assert len(pairs) > 20
+    return np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs])
 
 
 def test_each_stage_draws_pictures_of_its_own():
@@ -153,17 +174,18 @@ def test_the_judge_knows_what_the_embedded_model_draws():
 def published(small_folder, tmp_path_factory):
     """A folder published from a workdir whose stages never were."""
     workdir, target = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("assets") / "tiny-sd"
-    shutil.copytree(small_folder, workdir / "unet" / "export")
+    shutil.copytree(small_folder, workdir / "portraits" / "export")
     shutil.copytree(small_folder / "vae", workdir / "model" / "vae")
-    (workdir / "unet" / "export" / "vae" / WEIGHTS["vae"]).write_bytes(b"of a decoder that was trained on since")
-    write_json(workdir / "unet" / "config.json", {"data.batch_size": 1024, "train.num_updates": 64})
+    (workdir / "portraits" / "export" / "vae" / WEIGHTS["vae"]).write_bytes(b"of a decoder that was trained on since")
+    write_json(workdir / "portraits" / "config.json", {"data.batch_size": 1024, "train.num_updates": 64})
     shutil.copytree(small_folder / "text_encoder", workdir / "tiny-clip")
     # The CLIP was killed after step 100, and went on from step 50.
     clip = [{"step": step, "loss": 1 / step, "accuracy": 0.5, "seconds": 600.0} for step in (50, 100, 100, 150)]
     unet = [{"epoch": i, "loss": 0.1, "seconds/data": 1.0, "seconds/update": 59.0} for i in range(43)]
     vae_rows = [{"step": 50, "psnr": 20.0, "seconds": 45.0}]
     decoder = [{"step": 50, "psnr": 20.0, "seconds": 120.0}]
-    for stage, rows in (("clip", clip), ("vae", vae_rows), ("decoder", decoder), ("unet", unet)):
+    stages = {"clip": clip, "vae": vae_rows, "decoder": decoder, "unet": unet, "portraits": unet[:21]}
+    for stage, rows in stages.items():
         path = workdir / stage / "metrics.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -207,6 +229,7 @@ def test_published_clip_carries_its_tokenizer(published):
         "--vae-steps=50\n",
         "--decoder-steps=50\n",
         "| UNet | 43 rounds of 1024 pictures, 64 updates each | 43 min |",
+        "| UNet, on portraits | 21 rounds of the same | 21 min |",
         "4-fold, 4 channels",
         "an abacus",
     ],

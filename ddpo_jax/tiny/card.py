@@ -44,7 +44,9 @@ of renderings that went through the VAE. {confusions}
 **Data.** Pictures rendered by `ddpo_jax.tiny.render`: one of 45 animals, its sprite drawn once from Noto Color Emoji
 (Debian's fonts-noto-color-emoji, SIL Open Font License 1.1), at random sizes, positions and flips, on plain, gradient,
 striped, dotted and checkered backgrounds of 11 colours. Half of the captions name the animal alone ("a fox"), half
-the background too ("a fox on a blue striped background"). No photograph and no scraped picture was used.
+the background too ("a fox on a blue striped background"). The UNet's last rounds see portraits only: large, near the
+centre, the sprite's own way round. A UNet this small draws those sharply, where it drew an average of all places
+before. No photograph and no scraped picture was used.
 
 **Licence.** The sprites, and so what was learned from them, are derived from a font under the SIL Open Font License
 1.1; the model is given under it too.
@@ -56,6 +58,7 @@ python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip --clip-steps={cli
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=vae --vae-steps={vae_steps}
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=decoder,unet --decoder-steps={decoder_steps}
 python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
+python -m ddpo_jax.main --config=configs/tiny.py:portraits --workdir=runs/tiny/portraits
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 ```
 
@@ -66,7 +69,8 @@ A stage that was stopped continues. Time on {hardware}, work that a stop lost co
 | CLIP | {clip_steps} steps of {clip_batch} pictures | {clip_time} |
 | VAE | {vae_steps} steps of {vae_batch} pictures | {vae_time} |
 | VAE's decoder alone | {decoder_steps} steps of {vae_batch} pictures | {decoder_time} |
-| UNet | {epochs} rounds of {pictures} pictures, {updates} updates each | {unet_time} |
+| UNet | {unet_rounds} rounds of {pictures} pictures, {updates} updates each | {unet_time} |
+| UNet, on portraits | {portraits_rounds} rounds of the same | {portraits_time} |
 
 ![Loss curves](curves.png)
 
@@ -124,13 +128,15 @@ def model_card(
         clip_steps=rows["clip"][-1]["step"],
         vae_steps=rows["vae"][-1]["step"],
         decoder_steps=rows["decoder"][-1]["step"],
-        epochs=rows["unet"][-1]["epoch"] + 1,
+        unet_rounds=rows["unet"][-1]["epoch"] + 1,
+        portraits_rounds=rows["portraits"][-1]["epoch"] + 1,
         pictures=unet_run["data.batch_size"],
         updates=unet_run["train.num_updates"],
         clip_time=duration(seconds(rows["clip"])),
         vae_time=duration(seconds(rows["vae"])),
         decoder_time=duration(seconds(rows["decoder"])),
         unet_time=duration(seconds(rows["unet"])),
+        portraits_time=duration(seconds(rows["portraits"])),
         hardware=hardware,
         reduction=2 ** (len(vae_config["block_out_channels"]) - 1),
         channels=vae_config["latent_channels"],

@@ -1,7 +1,8 @@
-"""Makes the embedded model, in three commands; each continues where it was stopped.
+"""Makes the embedded model, in four commands; each continues where it was stopped.
 
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=clip,vae,decoder,unet
 python -m ddpo_jax.main --config=configs/tiny.py --workdir=runs/tiny/unet
+python -m ddpo_jax.main --config=configs/tiny.py:portraits --workdir=runs/tiny/portraits
 python -m ddpo_jax.tiny.make --workdir=runs/tiny --stages=judge,publish
 """
 

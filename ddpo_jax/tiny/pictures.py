@@ -34,19 +34,29 @@ def write_sheet(path: Path, pictures: Float[np.ndarray, "n H W 3"], *, columns: 
     sheet(pictures, columns=columns).save(path, quality=85, subsampling=0, optimize=True)
 
 
-def write_curves(path: Path, *, clip: Rows, vae: Rows, decoder: Rows, unet: Rows) -> None:
+def write_curves(path: Path, *, clip: Rows, vae: Rows, decoder: Rows, unet: Rows, portraits: Rows) -> None:
     """Writes the loss curves of the stages, from the rows of their metrics.jsonl."""
-    later = [{**row, "step": vae[-1]["step"] + row["step"]} for row in decoder]
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     _draw(left, clip, "step", {"loss": "contrastive loss", "accuracy": "accuracy in a batch"})
     _draw(middle, vae, "step", {"psnr": "dB, a training batch"})
-    _draw(middle, later, "step", {"psnr": "the decoder alone"})
+    _draw(middle, _continued(vae, decoder, "step"), "step", {"psnr": "the decoder alone"})
     _draw(right, unet, "epoch", {"loss": "denoising error"})
-    for axes, title in ((left, "CLIP"), (middle, "VAE, then its decoder alone"), (right, "UNet")):
+    _draw(right, _continued(unet, portraits, "epoch"), "epoch", {"loss": "on portraits"})
+    for axes, title in (
+        (left, "CLIP"),
+        (middle, "VAE, then its decoder alone"),
+        (right, "UNet, then on portraits"),
+    ):
         axes.set_title(title)
     right.set_yscale("log")
     figure.savefig(path, dpi=80, metadata={"Software": None})
+
+
+def _continued(first: Rows, second: Rows, x: str) -> Rows:
+    """The rows of a stage that began where another ended."""
+    end = first[-1][x]
+    return [{**row, x: end + row[x]} for row in second]
 
 
 def _draw(axes: Any, rows: Rows, x: str, names: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from ddpo_jax.tiny.card import model_card
 from ddpo_jax.tiny.fit import rendered
 from ddpo_jax.tiny.pictures import write_curves, write_sheet
 
-STAGES = ("clip", "vae", "decoder", "unet")
+STAGES = ("clip", "vae", "decoder", "unet", "portraits")
 SHOWN = 9  # of them in the card
 
 
@@ -43,7 +43,7 @@ def publish(workdir: Path, target: Path, *, hardware: str) -> None:
 
 def copy_parts(workdir: Path, target: Path) -> None:
     """Writes the trained parts to `target` in float16, and the CLIP beside it."""
-    _copy_folder(workdir / "unet" / "export", target)
+    _copy_folder(workdir / "portraits" / "export", target)
     _copy_folder(workdir / "model" / "vae", target / "vae")  # its decoder may be younger than the UNet's run
     for path in target.rglob("*.safetensors"):
         tensors = {name: tensor.astype(np.float16) for name, tensor in load_file(path).items()}
@@ -82,7 +82,7 @@ def write_card(workdir: Path, target: Path, measured: Measured, *, hardware: str
     folders = (target, _clip_beside(target))
     text = model_card(
         rows,
-        read_json(workdir / "unet" / "config.json"),
+        read_json(workdir / "portraits" / "config.json"),
         read_json(target / "vae" / "config.json"),
         samples.verdict(measured.found),
         psnr=vae.psnr(4 * float(np.mean((measured.reconstructions - measured.originals) ** 2))),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -32,18 +34,26 @@ def sprites() -> tuple[Image.Image, ...]:
     return tuple(sheet.crop((x, y, x + SIZE, y + SIZE)) for x, y in boxes)
 
 
+class Placement(NamedTuple):
+    """Where a sprite lies, in pixels."""
+
+    size: int
+    flipped: bool
+    top: int
+    left: int
+
+
 def render(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
-    """The picture and caption of an index, for any index >= 0."""
-    rng = np.random.default_rng(index)
-    animal = int(rng.integers(len(ANIMALS)))
-    color = rng.choice(list(COLORS))
-    pattern = rng.choice(PATTERNS, p=PATTERN_SHARES)
-    picture = _place(rng, sprites()[animal], _background(rng, np.array(COLORS[color], np.float32), pattern))
-    caption = with_article(ANIMALS[animal])
-    if rng.random() < 0.5:
-        kind = f"{color} {pattern}".strip()
-        caption += f" on {with_article(kind)} background"
-    return picture, caption
+    """The picture and caption of an index, for any index >= 0: from 44 px up, anywhere, either way round."""
+    return _captioned(index, _anywhere)
+
+
+def portrait(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
+    """The same, but large, within a pixel of the centre, and never flipped.
+
+    A small network draws these sharply. With every place and both ways round it draws an average of them.
+    """
+    return _captioned(index, _centred)
 
 
 def names_animal(caption: str) -> bool:
@@ -54,6 +64,32 @@ def names_animal(caption: str) -> bool:
 def animal_of(caption: str) -> int:
     """The index in ANIMALS of the animal that a caption names."""
     return PROMPTS.index(caption.partition(" on ")[0])
+
+
+def _captioned(index: int, choose: Callable[[np.random.Generator], Placement]) -> tuple[np.ndarray, str]:
+    rng = np.random.default_rng(index)
+    animal = int(rng.integers(len(ANIMALS)))
+    color = rng.choice(list(COLORS))
+    pattern = rng.choice(PATTERNS, p=PATTERN_SHARES)
+    background = _background(rng, np.array(COLORS[color], np.float32), pattern)
+    picture = _place(sprites()[animal], background, choose(rng))
+    caption = with_article(ANIMALS[animal])
+    if rng.random() < 0.5:
+        kind = f"{color} {pattern}".strip()
+        caption += f" on {with_article(kind)} background"
+    return picture, caption
+
+
+def _anywhere(rng: np.random.Generator) -> Placement:
+    size = int(rng.integers(44, 61))
+    flipped = bool(rng.random() < 0.5)
+    return Placement(size, flipped, *rng.integers(0, RESOLUTION - size + 1, 2).tolist())
+
+
+def _centred(rng: np.random.Generator) -> Placement:
+    size = int(rng.integers(56, 61))
+    margin = (RESOLUTION - size) // 2
+    return Placement(size, False, *rng.integers(margin - 1, margin + 2, 2).tolist())
 
 
 def _background(rng: np.random.Generator, color: Float[np.ndarray, "3"], pattern: str) -> Float[np.ndarray, "64 64 3"]:
@@ -84,14 +120,12 @@ def _edge(wave: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
 
 
 def _place(
-    rng: np.random.Generator, sprite: Image.Image, background: Float[np.ndarray, "64 64 3"]
+    sprite: Image.Image, background: Float[np.ndarray, "64 64 3"], at: Placement
 ) -> UInt8[np.ndarray, "64 64 3"]:
-    size = int(rng.integers(44, 61))
-    if rng.random() < 0.5:
+    if at.flipped:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    drawn = np.asarray(sprite.resize((size, size), Image.Resampling.BICUBIC), np.float32)
-    top, left = rng.integers(0, RESOLUTION - size + 1, 2)
+    drawn = np.asarray(sprite.resize((at.size, at.size), Image.Resampling.BICUBIC), np.float32)
     picture = background.astype(np.float32)
-    region = picture[top : top + size, left : left + size]
+    region = picture[at.top : at.top + at.size, at.left : at.left + at.size]
     region[:] = region * (1 - drawn[..., 3:] / 255) + drawn[..., :3]
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
