@@ -128,6 +128,8 @@ def get_config() -> ConfigDict:
     # The CLIP of clip_score: a folder as transformers saves it, a hub id, or "tiny": the embedded one, which knows
     # nothing but the embedded model's pictures.
     reward.clip_model = ""
+    # What clip_score compares a picture with: {} stands for the prompt, as in "a photo of a {}".
+    reward.clip_template = "{}"
     # Deals each chunk's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
     # of the evaluations stay the true ones.
     reward.shuffled = False

@@ -37,7 +37,7 @@ def small_clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_score(small_clip):
-    return clip_score.make(str(small_clip))
+    return clip_score.make(str(small_clip), "{}")
 
 
 def test_the_embedded_clip_knows_whose_prompt_it_is():
@@ -51,6 +51,16 @@ def test_the_embedded_clip_knows_whose_prompt_it_is():
     assert reward.names == ("clip_score",)
     assert (np.abs(own) <= 100).all()
     assert (own > others).mean() >= 0.9 and own.mean() > others.mean() + 30
+
+
+def test_a_template_stands_around_the_prompt(small_clip, small_score):
+    images = make_images(1, SIZE, SIZE)
+    pure, prepare, params = clip_score.make(str(small_clip), "a {}, drawn")
+    found = pure(params, images, prepare(prompts_of("fox {}")))
+    assert found == small_score[0](params, images, small_score[1](prompts_of("a fox {}, drawn")))
+    assert found != pure(params, images, prepare(prompts_of("owl")))
+    with pytest.raises(UserError, match=r"reward\.clip_template='a photo': expected {} in it"):
+        clip_score.make(str(small_clip), "a photo")
 
 
 def test_parameters_are_an_argument(small_score):

@@ -39,10 +39,20 @@ def test_renderings_show_every_animal_and_name_it():
 
 @pytest.mark.parametrize(
     ("caption", "animal"),
-    [("a fox", "fox"), ("an ant on a red background", "ant"), ("a rat on an orange dotted background", "rat")],
+    [
+        ("a fox", "fox"),
+        ("an ant on a red background", "ant"),
+        ("a rat on an orange dotted background", "rat"),
+        ("ant", "ant"),
+    ],
 )
 def test_animal_of_a_caption(caption, animal):
     assert ANIMALS[animal_of(caption)] == animal
+
+
+@pytest.mark.parametrize("caption", ["a unicorn", "a fox riding a bike", "foxes", "", "a bigfox"])
+def test_no_animal(caption):
+    assert animal_of(caption) is None
 
 
 def test_portraits_keep_an_animal_in_its_place():

@@ -33,6 +33,7 @@ class Settings(NamedTuple):
     deadline: float  # these two as in `on_host`
     num_workers: int
     clip_model: str = ""
+    clip_template: str = "{}"
 
 
 # Scorers on the host, without parameters: images (b, H, W, 3), texts -> (b,)
@@ -43,7 +44,7 @@ HOST = {
 
 # Scorers that JAX traces, by what makes them: settings -> (pure, prepare, params), as `on_device` reads them
 DEVICE = {
-    "clip_score": lambda settings: clip_score.make(settings.clip_model),
+    "clip_score": lambda settings: clip_score.make(settings.clip_model, settings.clip_template),
 }
 
 

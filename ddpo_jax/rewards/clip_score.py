@@ -25,15 +25,18 @@ class LoadedCLIP(NamedTuple):
     tokenize: Callable  # texts -> (b, s) int32
 
 
-def make(source: str) -> tuple[Callable, Callable, PyTree]:
+def make(source: str, template: str) -> tuple[Callable, Callable, PyTree]:
     """(pure, prepare, params) of the cosine similarity of picture and prompt, times 100.
 
     100 cos(E_I, E_T): the score of Radford et al. 2021 before its softmax, and CLIPScore (Hessel et al. 2021) without
     its 2.5 and without cutting negative values off. float32, whatever the run computes in: the prompts' own scores are
     a few units apart.
 
-    source: as in `load`. Differentiable in the pictures.
+    source: as in `load`.  template: what is scored in place of a prompt, which stands where it has {}, such as
+    "a photo of a {}" (Radford et al. 2021, Sec. 3.1.4). Differentiable in the pictures.
     """
+    if "{}" not in template:
+        raise UserError(f"reward.clip_template={template!r}: expected {{}} in it, where the prompt stands")
     module, params, tokenize_texts = load(source)
     size = module.config.vision.image_size
 
@@ -43,7 +46,7 @@ def make(source: str) -> tuple[Callable, Callable, PyTree]:
         return 100.0 * (picture * text).sum(axis=-1)
 
     def prepare(prompts: Prompts) -> Int32[Array, "b s"]:
-        return jnp.asarray(tokenize_texts(prompts.texts))
+        return jnp.asarray(tokenize_texts([template.replace("{}", text) for text in prompts.texts]))
 
     return pure, prepare, params
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from ddpo_jax.tiny.sprites import COLUMNS, EMOJI, SHEET, SIZE
 RESOLUTION = 64
 ANIMALS = tuple(EMOJI)
 PROMPTS = tuple(with_article(animal) for animal in ANIMALS)  # the captions that name the animal alone
+CAPTION = re.compile(rf"(?:an? )?({'|'.join(ANIMALS)})(?: on .+)?")
 
 COLORS = {
     "red": (214, 64, 60), "orange": (240, 150, 50), "yellow": (247, 219, 88), "green": (96, 176, 92),
@@ -56,14 +58,10 @@ def portrait(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
     return _captioned(index, _centred)
 
 
-def names_animal(caption: str) -> bool:
-    """Whether it is a caption such as `render` gives."""
-    return caption.partition(" on ")[0] in PROMPTS
-
-
-def animal_of(caption: str) -> int:
-    """The index in ANIMALS of the animal that a caption names."""
-    return PROMPTS.index(caption.partition(" on ")[0])
+def animal_of(caption: str) -> int | None:
+    """The index in ANIMALS of the animal that a caption such as `render` gives, or a bare name, names; None if none."""
+    match = CAPTION.fullmatch(caption)
+    return ANIMALS.index(match[1]) if match else None
 
 
 def _captioned(index: int, choose: Callable[[np.random.Generator], Placement]) -> tuple[np.ndarray, str]:

@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def score(folder):
-    pure, prepare, params = clip_score.make(str(folder))
+    pure, prepare, params = clip_score.make(str(folder), "{}")
     tokens = prepare(Prompts(TEXTS, None, None, None))
     return jax.jit(lambda images: pure(params, images, tokens))
 
