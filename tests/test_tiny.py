@@ -206,7 +206,7 @@ def published(small_folder, tmp_path_factory):
     measured = publish.Measured(
         originals, originals + 0.05, 0.987, 0.912, np.zeros((45, 4, 64, 64, 3), np.float32), found
     )
-    publish.write_card(workdir, target, measured, hardware="an abacus")
+    publish.write_card(workdir, target, measured, hardware="an abacus", named=44)
     return target
 
 
@@ -241,6 +241,7 @@ def test_published_clip_carries_its_tokenizer(published):
         "| UNet | 43 rounds of 1024 pictures, 64 updates each | 43 min |",
         "| UNet, on portraits | 21 rounds of the same | 21 min |",
         "4-fold, 4 channels",
+        "named 44.",
         "an abacus",
     ],
 )

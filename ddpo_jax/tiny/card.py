@@ -39,6 +39,8 @@ of the 45 animals at least half are. The judge (`ddpo_jax.tiny.judge`) is a smal
 alone, never on a generated picture; it is right on {judge:.1%} of held-out renderings, and on {judge_reconstructed:.1%}
 of renderings that went through the VAE. {confusions}
 
+**Accuracy by a person**: {named}
+
 ## How it was made
 
 **Data.** Pictures rendered by `ddpo_jax.tiny.render`: one of 45 animals, its sprite drawn once from Noto Color Emoji
@@ -103,13 +105,14 @@ def model_card(
     psnr: float,
     judge_right: tuple[float, float],
     size: int,
+    named: int | None,
     hardware: str,
 ) -> str:
     """README.md of the embedded model.
 
     rows: of each stage's metrics.jsonl.  unet_run: the UNet run's config, flat.  psnr: dB of the VAE on held-out
     renderings.  judge_right: the judge's accuracy on held-out renderings, and on their reconstructions.  size: bytes of
-    weights.
+    weights.  named: how many of the first samples a person named who saw them without their names.
     """
     return CARD.format(
         size=size / 1e6,
@@ -123,6 +126,7 @@ def model_card(
         judge=judge_right[0],
         judge_reconstructed=judge_right[1],
         confusions=_confusions(verdict),
+        named=_named(named),
         clip_batch=clip.BATCH,
         vae_batch=vae.BATCH,
         clip_steps=rows["clip"][-1]["step"],
@@ -153,6 +157,15 @@ def duration(spent: float) -> str:
     """Seconds as hours and minutes, for people."""
     hours, minutes = divmod(round(spent / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _named(count: int | None) -> str:
+    if count is None:
+        return "not asked yet."
+    return (
+        f"a fresh reader, shown the {len(ANIMALS)} pictures above in another order, without their names and without a"
+        f" list to\nchoose from, named {count}."
+    )
 
 
 def _table(verdict: Verdict) -> str:

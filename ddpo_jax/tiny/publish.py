@@ -32,11 +32,11 @@ class Measured(NamedTuple):
     found: Int[np.ndarray, "45 n"]  # what the judge takes them for
 
 
-def publish(workdir: Path, target: Path, *, hardware: str) -> None:
+def publish(workdir: Path, target: Path, *, hardware: str, named: int | None) -> None:
     """Writes the trained parts to `target`, the CLIP beside it, and the card with its pictures."""
     copy_parts(workdir, target)
     measured = measure(target)
-    write_card(workdir, target, measured, hardware=hardware)
+    write_card(workdir, target, measured, hardware=hardware, named=named)
     result = samples.verdict(measured.found)
     print(f"{target}: {result.share:.1%} of the samples recognised, {result.num_recognised} animals")
 
@@ -69,7 +69,7 @@ def measure(target: Path) -> Measured:
     )
 
 
-def write_card(workdir: Path, target: Path, measured: Measured, *, hardware: str) -> None:
+def write_card(workdir: Path, target: Path, measured: Measured, *, hardware: str, named: int | None) -> None:
     """Writes README.md, its pictures and the stages' logs into `target`."""
     (target / "logs").mkdir()
     for stage in STAGES:
@@ -88,6 +88,7 @@ def write_card(workdir: Path, target: Path, measured: Measured, *, hardware: str
         psnr=vae.psnr(4 * float(np.mean((measured.reconstructions - measured.originals) ** 2))),
         judge_right=(measured.judge_right, measured.judge_right_reconstructed),
         size=sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors")),
+        named=named,
         hardware=hardware,
     )
     (target / "README.md").write_text(text, encoding="utf-8")
