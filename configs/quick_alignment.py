@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
     config.train.min_timestep = 500
     config.train.micro_batch_size = 64
     config.train.learning_rate = 3e-4
-    config.train.num_decay_steps = 160
+    config.train.num_decay_steps = config.num_epochs * config.train.num_updates
     config.per_prompt_stat_tracking.buffer_size = 16
     return config

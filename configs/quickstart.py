@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
     config.train.clip_range = 5e-3
     config.train.num_updates = 4
     config.train.micro_batch_size = 32
-    # Two ways to a clear gradient from 128 samples a round: only the first two steps are learned from, as later ones
-    # bring more noise than they decide (base.py says why), and each animal has its own baseline.
+    # Two ways to a clear gradient from 128 samples a round: only the first two steps are learned from (base.py says
+    # what is wrong with the last; the third's gradient was mostly noise too), and each animal has its own baseline.
     config.train.min_timestep = 500
     config.per_prompt_stat_tracking.buffer_size = 8
     config.per_prompt_stat_tracking.min_count = 4

@@ -136,7 +136,7 @@ def test_the_decoder_trains_on_and_the_encoder_stays(tmp_path, monkeypatch):
 def test_the_embedded_model_draws_animals():
     drawn = samples.draw("tiny", num_samples=1, num_steps=10)
     assert drawn.shape == (45, 1, 64, 64, 3)
-    assert samples.verdict(samples.recognise_all(judge.load(), drawn)).share >= 0.5
+    assert samples.verdict(samples.recognise_all(judge.load(), drawn)).share >= 0.8
 
 
 def test_each_sample_has_its_own_noise_whatever_their_number(small_folder):

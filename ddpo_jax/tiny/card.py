@@ -39,7 +39,7 @@ of the 45 animals at least half are. The judge (`ddpo_jax.tiny.judge`) is a smal
 alone, never on a generated picture; it is right on {judge:.1%} of held-out renderings, and on {judge_reconstructed:.1%}
 of renderings that went through the VAE. {confusions}
 
-**Accuracy by a person**: {named}
+**Named by a reader**: {named}
 
 ## How it was made
 
@@ -112,7 +112,8 @@ def model_card(
 
     rows: of each stage's metrics.jsonl.  unet_run: the UNet run's config, flat.  psnr: dB of the VAE on held-out
     renderings.  judge_right: the judge's accuracy on held-out renderings, and on their reconstructions.  size: bytes of
-    weights.  named: how many of the first samples a person named who saw them without their names.
+    weights.  named: how many of the first samples a vision-language model named that saw them without
+    their names.
     """
     return CARD.format(
         size=size / 1e6,
@@ -163,8 +164,8 @@ def _named(count: int | None) -> str:
     if count is None:
         return "not asked yet."
     return (
-        f"a fresh reader, shown the {len(ANIMALS)} pictures above in another order, without their names and without a"
-        f" list to\nchoose from, named {count}."
+        f"a vision-language model, shown the {len(ANIMALS)} pictures above in another order,\n"
+        f"without their names and without a list to choose from, named {count}. No person was asked."
     )
 
 

@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("--judge-steps", type=int, default=1000)
     parser.add_argument("--target", type=Path, default=TINY, help="where publish writes")
     parser.add_argument("--hardware", default="2 CPU cores", help="what the stages ran on, for the card")
-    parser.add_argument("--named", type=int, help="samples that a person named without being told, for the card")
+    parser.add_argument(
+        "--named", type=int, help="samples that a vision-language model named without being told, for the card"
+    )
     flags = parser.parse_args()
     stages = flags.stages.split(",")
     for stage in stages:

@@ -64,7 +64,9 @@ def animal_of(caption: str) -> int | None:
     return ANIMALS.index(match[1]) if match else None
 
 
-def _captioned(index: int, choose: Callable[[np.random.Generator], Placement]) -> tuple[np.ndarray, str]:
+def _captioned(
+    index: int, choose: Callable[[np.random.Generator], Placement]
+) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
     rng = np.random.default_rng(index)
     animal = int(rng.integers(len(ANIMALS)))
     color = rng.choice(list(COLORS))
