@@ -59,6 +59,9 @@ def get_config() -> ConfigDict:
     sample.num_prompts = 256
     # Pictures a prompt.
     sample.num_samples_per_prompt = 1
+    # The pictures of one draw of a prompt start from the same noise and are compared with each other alone (DanceGRPO).
+    # With few steps the noise at the start decides most of a picture, and no step has earned that.
+    sample.shared_noise = False
     # Pictures a program call. Larger is faster until memory is full.
     sample.chunk_size = 8
     # Log-probs in nats: "mean" a latent element (published; clip_range 1e-4 assumes it) or "sum" a latent.
@@ -114,7 +117,8 @@ def get_config() -> ConfigDict:
     train.ema_decay = 0.0
 
     config.per_prompt_stat_tracking = tracking = ConfigDict()
-    # Rewards kept a prompt for its own mean and deviation; 0 standardises over the whole round instead.
+    # Rewards kept a prompt for its own mean and deviation; 0 standardises over the whole round instead, or over a
+    # draw's own pictures where sample.shared_noise is set.
     tracking.buffer_size = 32
     # Below so many, a prompt takes the round's mean and deviation.
     tracking.min_count = 16

@@ -86,6 +86,38 @@ def whiten(*, eps: float = 1e-8) -> Advantages:
     return Advantages(init, update)
 
 
+def per_group(*, size: int, eps: float = 1e-4) -> Advantages:
+    """Advantages over the `size` samples of one draw of a prompt, which stand in a row.
+
+    A_i = (r_i - mean(g)) / (std(g) + ε),  g the rewards of sample i's group
+
+    Shao et al. 2024 (GRPO), Sec. 4.1.2. Where the samples of a group also start from the same noise, as in Xue et al.
+    2025 (DanceGRPO), nothing is left in A but what the denoising steps drew. ids are not read.
+
+    Raises: UserError if a group has fewer than two samples; from `update` if the batch is not of whole groups.
+    """
+    if size < 2:
+        raise UserError(
+            f"a group of {size} has nothing to be compared with: set sample.num_samples_per_prompt to 2 or more"
+        )
+
+    def init() -> tuple[()]:
+        return ()
+
+    def update(
+        carry: tuple[()], ids: Int[Any, " b"], rewards: Float[np.ndarray, " b"]
+    ) -> tuple[Float32[np.ndarray, " b"], Float32[np.ndarray, " b"], tuple[()]]:
+        if len(rewards) % size:
+            raise UserError(f"{len(rewards)} rewards are not groups of {size}")
+        advantage, present = np.zeros(len(rewards)), np.isfinite(rewards)
+        for first in range(0, len(rewards), size):
+            own = np.arange(first, first + size)[present[first : first + size]]
+            advantage[own] = _standardise(rewards[own], rewards[own], eps)
+        return *_scatter(present, advantage[present]), carry
+
+    return Advantages(init, update)
+
+
 def per_prompt(*, num_prompts: int, buffer_size: int, min_count: int, eps: float = 1e-6) -> Advantages:
     """Advantages over the last `buffer_size` rewards of the same prompt, this batch's own among them.
 

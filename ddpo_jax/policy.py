@@ -47,20 +47,25 @@ def make_policy(
     def kl(p: Gaussian, q: Gaussian) -> Float[Array, " b"]:
         return losses.gaussian_kl(p, q, reduce=log_prob_reduction)
 
-    def rollout(params: PyTree, cond: PyTree, uncond: PyTree, keys: Key[Array, " b"]) -> Trajectory:
-        """One trajectory a key; a sample's noise depends on its own key alone."""
+    def rollout(
+        params: PyTree, cond: PyTree, uncond: PyTree, keys: Key[Array, " b"], start_keys: Key[Array, " b"] | None = None
+    ) -> Trajectory:
+        """One trajectory a key; a sample's noise depends on its own keys alone.
+
+        start_keys: of the noise that the first step begins from, where it is another's too; by default `keys`.
+        """
         count = keys.shape[0]
 
-        def noise(i: Int[Array, ""]) -> Float[Array, "b h w c"]:
+        def noise(i: Int[Array, ""], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), model.latent_shape))(keys)
 
         def step(x_t, inputs):
             i, t, t_next = inputs
             p = transition(params, x_t, jnp.full(count, t), jnp.full(count, t_next), cond, uncond)
-            x_next = process.sample(p, noise(i))
+            x_next = process.sample(p, noise(i, keys))
             return x_next, (x_next, log_prob(p, x_next), process.stochastic(p))
 
-        x_first = noise(jnp.int32(0))
+        x_first = noise(jnp.int32(0), keys if start_keys is None else start_keys)
         inputs = (jnp.arange(1, num_steps + 1), timesteps[:-1], timesteps[1:])
         _, (x, log_probs, trained) = jax.lax.scan(step, x_first, inputs)
         return Trajectory(
@@ -84,21 +89,29 @@ def make_policy(
 
 
 def make_sampler(model: Model, policy: Policy) -> Callable:
-    """One jitted program: params, frozen, tokens (b, s), keys (b,) -> cond, Trajectory, images (b, H, W, 3)."""
+    """One jitted program: params, frozen, tokens (b, s), a rollout's keys -> cond, Trajectory, images (b, H, W, 3)."""
 
     def sample(
-        params: PyTree, frozen: Frozen, tokens: Int[Array, "b s"], keys: Key[Array, " b"]
+        params: PyTree,
+        frozen: Frozen,
+        tokens: Int[Array, "b s"],
+        keys: Key[Array, " b"],
+        start_keys: Key[Array, " b"] | None = None,
     ) -> tuple[PyTree, Trajectory, Float[Array, "b H W 3"]]:
         cond = model.encode_text(frozen.text, tokens)
-        trajectory = policy.rollout(params, cond, frozen.uncond, keys)
+        trajectory = policy.rollout(params, cond, frozen.uncond, keys, start_keys)
         return cond, trajectory, model.decode(frozen.vae, trajectory.x[:, -1])
 
     return jax.jit(sample)
 
 
-def sample_keys(key: Key[Array, ""], first: int, count: int) -> Key[Array, " b"]:
-    """The keys of samples [first, first + count): functions of the global index, whatever the chunk or device."""
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + count))
+def sample_keys(key: Key[Array, ""], first: int, count: int, *, group_size: int = 1) -> Key[Array, " b"]:
+    """The keys of samples [first, first + count): functions of the global index, whatever the chunk or device.
+
+    group_size: so many samples in a row have one key, that of the first of them.
+    """
+    index = jnp.arange(first, first + count)
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(index // group_size * group_size)
 
 
 def _guidance(predict: Callable, scale: float) -> Callable:

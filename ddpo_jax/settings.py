@@ -51,19 +51,12 @@ def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
             f"train.min_timestep={config.train.min_timestep}: expected at most {first:g}, where the first of"
             f" {config.sample.num_steps} steps begins"
         )
-    tracking = config.per_prompt_stat_tracking
-    statistics = (
-        advantages.per_prompt(
-            num_prompts=len(loaded.prompts.texts), buffer_size=tracking.buffer_size, min_count=tracking.min_count
-        )
-        if tracking.buffer_size
-        else advantages.whiten()
-    )
     scoring = Scoring(
-        statistics,
+        make_advantages(config, num_prompts=len(loaded.prompts.texts)),
         loaded.reward_weights,
         adv_clip_max=config.train.adv_clip_max,
         max_missing=config.reward.max_missing,
+        group_size=config.sample.num_samples_per_prompt if config.sample.shared_noise else 1,
     )
     settings = {
         "scoring": scoring,
@@ -73,6 +66,22 @@ def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
         "min_timestep": config.train.min_timestep,
     }
     return draw, settings
+
+
+def make_advantages(config: ConfigDict, *, num_prompts: int) -> advantages.Advantages:
+    tracking = config.per_prompt_stat_tracking
+    if config.sample.shared_noise:
+        if tracking.buffer_size:
+            raise UserError(
+                "sample.shared_noise compares the pictures of a draw with each other alone:"
+                f" per_prompt_stat_tracking.buffer_size={tracking.buffer_size} must be 0"
+            )
+        return advantages.per_group(size=config.sample.num_samples_per_prompt)
+    if tracking.buffer_size:
+        return advantages.per_prompt(
+            num_prompts=num_prompts, buffer_size=tracking.buffer_size, min_count=tracking.min_count
+        )
+    return advantages.whiten()
 
 
 def ddpo_is(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:

@@ -111,6 +111,25 @@ def test_whiten_has_mean_0_and_std_1():
     np.testing.assert_array_equal(np.argsort(advantage), np.argsort(rewards))
 
 
+def test_per_group_standardises_each_draw_alone():
+    init, update = advantages.per_group(size=3)
+    rewards = np.array([1, 2, 6, 50, NAN, 70, 4, 4, 4, NAN, NAN, 9], np.float32)
+    advantage, weight, carry = update(init(), np.zeros(len(rewards), int), rewards)
+    # (1, 2, 6): mean 3, std sqrt(14/3). (50, 70): mean 60, std 10. Equal rewards, and one alone, say nothing.
+    expected = [-2 / np.sqrt(14 / 3), -1 / np.sqrt(14 / 3), 3 / np.sqrt(14 / 3), -1, 0, 1, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(advantage, expected, rtol=1e-4)
+    np.testing.assert_array_equal(weight, np.isfinite(rewards))
+    assert carry == ()
+
+
+def test_per_group_refuses_what_it_cannot_do():
+    with pytest.raises(UserError, match=r"a group of 1 .*num_samples_per_prompt"):
+        advantages.per_group(size=1)
+    _, update = advantages.per_group(size=3)
+    with pytest.raises(UserError, match="4 rewards are not groups of 3"):
+        update((), np.zeros(4, int), np.zeros(4, np.float32))
+
+
 def test_per_prompt_refuses_what_it_cannot_do():
     with pytest.raises(UserError, match="min_count 9 must be from 1 to buffer_size 8"):
         advantages.per_prompt(num_prompts=3, buffer_size=8, min_count=9)

@@ -16,6 +16,7 @@ from ddpo_jax.build import build, init_state, on_device
 from ddpo_jax.checkpoint import host_copy
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.evaluate import evaluate
+from ddpo_jax.settings import make_advantages
 from ddpo_jax.types import Reward
 from ddpo_jax.update import make_update, plan, summarize
 
@@ -279,9 +280,26 @@ def test_missing_rewards_change_nothing_for_the_others(world):
         collect([2, 5], 0.2)
 
 
+def test_shared_noise_compares_the_pictures_of_a_draw(small_folder, world):
+    shared = {"sample.shared_noise": True, "per_prompt_stat_tracking.buffer_size": 0}
+    config = small_config(small_folder, **{"sample.num_prompts": 2, "sample.num_samples_per_prompt": 4, **shared})
+    run = build(config, silent)
+    batch, _, _ = run.algorithm.collect(world.fresh().params, run.frozen, run.draw(0), (), jax.random.key(1))
+    start, after = np.asarray(batch.trajectory.x[:, 0]), np.asarray(batch.trajectory.x[:, 1])
+    assert len(np.unique(start, axis=0)) == 2 and len(np.unique(after, axis=0)) == SAMPLES
+    np.testing.assert_allclose(np.reshape(batch.advantage, (2, 4)).mean(axis=1), 0, atol=1e-6)
+
+    for wrong, message in (
+        ({"per_prompt_stat_tracking.buffer_size": 8}, "buffer_size=8 must be 0"),
+        ({"sample.num_prompts": 8, "sample.num_samples_per_prompt": 1}, "a group of 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_advantages(small_config(small_folder, **{**shared, **wrong}), num_prompts=3)
+
+
 def test_nan_pictures_are_missing_and_never_learned_from(world):
-    def sample(params, frozen, tokens, keys):
-        cond, trajectory, images = world.run.parts.sample(params, frozen, tokens, keys)
+    def sample(params, frozen, tokens, *keys):
+        cond, trajectory, images = world.run.parts.sample(params, frozen, tokens, *keys)
         return cond, trajectory._replace(x=trajectory.x.at[1].set(jnp.nan)), images.at[1, 0, 0, 0].set(jnp.nan)
 
     reward, reward_params = rewards.make("jpeg_compressibility", rewards.Settings(deadline=60.0, num_workers=1))

@@ -87,6 +87,23 @@ def test_sample_keys_are_distinct_and_functions_of_the_index():
     np.testing.assert_array_equal(jax.random.key_data(sample_keys(key, 5, 3)), whole[5:])
 
 
+def test_a_group_starts_from_the_same_noise_and_parts_at_the_first_step():
+    key, policy = jax.random.key(3), policy_of(make_model())
+    cond = {"bias": jnp.full((6, 1, 1, 1), 0.1)}
+    keys, start_keys = sample_keys(key, 0, 6), sample_keys(key, 0, 6, group_size=3)
+    trajectory = jax.jit(policy.rollout)(PARAMS, cond, UNCOND, keys, start_keys)
+    alone = jax.jit(policy.rollout)(PARAMS, cond, UNCOND, keys)
+    start = np.asarray(trajectory.x[:, 0])
+    np.testing.assert_array_equal(start[[1, 2, 4, 5]], start[[0, 0, 3, 3]])
+    assert not np.array_equal(start[0], start[3])
+    assert len(np.unique(trajectory.x[:, 1], axis=0)) == 6
+    for first in (0, 3):  # the first of a group is as without groups
+        np.testing.assert_array_equal(trajectory.x[first], alone.x[first])
+    np.testing.assert_array_equal(  # a chunk that begins within a group
+        jax.random.key_data(sample_keys(key, 2, 4, group_size=3)), jax.random.key_data(start_keys)[2:]
+    )
+
+
 def test_noise_is_standard_normal_and_drawn_anew_for_each_step():
     """z of the first state and of every step, recovered from the trajectory: as many independent normal draws."""
     policy, cond = policy_of(make_model()), conditions(400, 1e-3)

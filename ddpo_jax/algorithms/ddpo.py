@@ -24,6 +24,7 @@ class Scoring(NamedTuple):
     weights: Float[np.ndarray, " experts"]
     adv_clip_max: float
     max_missing: float  # fraction of a round
+    group_size: int = 1  # samples in a row that start from the same noise
 
 
 class Rollouts(NamedTuple):
@@ -128,7 +129,13 @@ def _algorithm(
         params: PyTree, frozen: Frozen, prompts: Prompts, carry: PyTree, key: Key[Array, ""]
     ) -> tuple[Rollouts, PyTree, dict[str, float | int]]:
         (cond, trajectory), scores = scored_rollouts(
-            parts, params, frozen, prompts, key, keep=lambda cond, trajectory, images: (cond, trajectory)
+            parts,
+            params,
+            frozen,
+            prompts,
+            key,
+            keep=lambda cond, trajectory, images: (cond, trajectory),
+            group_size=scoring.group_size,
         )
         advantages.check_missing(scores, scoring.weights, max_missing=scoring.max_missing, names=parts.reward.names)
         rewards = advantages.combine(scores, scoring.weights)

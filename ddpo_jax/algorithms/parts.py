@@ -33,18 +33,21 @@ def scored_rollouts(
     key: Key[Any, ""],
     *,
     keep: Callable,
+    group_size: int = 1,
 ) -> tuple[PyTree, Float32[np.ndarray, "b experts"]]:
     """One sample a prompt, and its scores: keep(cond, trajectory, images) of all samples, with a leading axis of b.
 
     Chunks have one shape, so that one program serves every count: the last is filled up with its last prompt. A chunk
-    is scored while the next rolls out. Sample i's noise depends on `key` and i alone.
+    is scored while the next rolls out. Sample i's noise depends on `key` and i alone; what it starts from is shared by
+    `group_size` samples in a row.
     """
     count, size = len(prompts.texts), parts.chunk_size
     kept, pending = [], []
     with parts.phase("rollout", count) as advance:
         for first in range(0, count, size):
             chunk = rewards.take(prompts, np.minimum(np.arange(first, first + size), count - 1))
-            cond, trajectory, images = parts.sample(params, frozen, chunk.tokens, sample_keys(key, first, size))
+            keys, start_keys = sample_keys(key, first, size), sample_keys(key, first, size, group_size=group_size)
+            cond, trajectory, images = parts.sample(params, frozen, chunk.tokens, keys, start_keys)
             pending.append(parts.reward.submit(frozen.reward, images, chunk))
             kept.append(keep(cond, trajectory, images))
             jax.block_until_ready(kept[-2:-1])  # the chunk before: one is always under way
