@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import checkpoint, metrics, report
 from ddpo_jax.build import Run, about, build, init_state
+from ddpo_jax.clock import Clock, running_clock
 from ddpo_jax.errors import Preempted
 from ddpo_jax.evaluate import evaluate
 from ddpo_jax.export import export
@@ -34,8 +35,9 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
     """
     console = metrics.make_console()
     metrics.check_boards(config.tensorboard, config.wandb_project)
-    with claim(workdir, config.to_dict()) as keep_config:
-        run = build(config, console.phase)
+    with claim(workdir, config.to_dict()) as keep_config, running_clock() as clock:
+        with clock.spend("loading"):
+            run = build(config, console.phase)
         keep_config()
         with checkpoint.open_manager(workdir / "checkpoints", keep=config.keep_checkpoints) as manager:
             state = init_state(run, seed=config.seed, ema=config.train.ema_decay > 0)
@@ -54,19 +56,28 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
             for note in run.notes:
                 console.note(note)
             try:
-                state = loop(config, run, state, manager, console, writer, workdir)
+                state = loop(config, run, state, manager, console, writer, clock, workdir)
             finally:
                 writer.close()
-                draw_report(workdir, console.note, running=False)
+                with clock.spend("report"):
+                    draw_report(workdir, console.note, running=False)
             params = run.tuning.merge(run.frozen.denoiser, state.params if state.ema is None else state.ema)
             figures = {"epochs": int(state.epoch), "updates": int(state.step), "reward": run.parts.reward.names}
             card = about(config, run, name=workdir.name, figures=figures)
             export(run.folder, workdir / "export", params, about=card)
             console.note(f"exported to {workdir / 'export'}")
+            console.note(clock.split())
 
 
 def loop(
-    config: ConfigDict, run: Run, state: TrainState, manager, console: Console, writer: Writer, workdir: Path
+    config: ConfigDict,
+    run: Run,
+    state: TrainState,
+    manager,
+    console: Console,
+    writer: Writer,
+    clock: Clock,
+    workdir: Path,
 ) -> TrainState:
     """The rounds that are left. Whatever stops them, the last whole round is saved."""
     algorithm, frozen = run.algorithm, run.frozen
@@ -81,9 +92,11 @@ def loop(
             last = epoch >= config.num_epochs or reason is not None
             if last or epoch == 0 or (config.eval_every and epoch % config.eval_every == 0):
                 shown = merge(frozen.denoiser, state.params if state.ema is None else state.ema)
-                show(run, shown, state, epoch, writer, console)
+                with clock.spend("evaluations"):
+                    show(run, shown, state, epoch, writer, console)
                 if not last:
-                    draw_report(workdir, console.note, running=True)
+                    with clock.spend("report"):
+                        draw_report(workdir, console.note, running=True)
             if last:
                 break
 
@@ -107,6 +120,7 @@ def loop(
             check = pass_over
             state = state._replace(epoch=np.array(epoch + 1, np.int32), carry=carry)
             seconds = console.seconds()
+            clock.add(seconds)
             previous = {
                 **report,
                 **summarize(history, skipped),

@@ -10,13 +10,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 
-# As in the design, which names no place for five: `workdir` and `config` stand beside `errors` and `plugins`;
-# `starts`, `export` and `build` as far to the left as what they read allows.
+# As in the design, which names no place for six: `workdir` and `config` stand beside `errors` and `plugins`, `clock`
+# beside `metrics`; `starts`, `export` and `build` as far to the left as what they read allows.
 ORDER = [
     *("types", "errors", "plugins", "workdir", "config"),
     *("process", "losses", "advantages", "sharding", "convert", "models", "policy", "finetune", "optimizers"),
     *("rewards", "algorithms", "update", "data", "image_text"),
-    *("metrics", "starts", "report", "checkpoint", "export", "evaluate"),
+    *("metrics", "clock", "starts", "report", "checkpoint", "export", "evaluate"),
     *("settings", "build"),
     *("train", "main"),
 ]

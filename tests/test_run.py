@@ -20,7 +20,7 @@ from ddpo_jax.main import main
 from ddpo_jax.workdir import claim
 
 ROOT = Path(__file__).parents[1]
-NUM_EPOCHS = 12
+NUM_EPOCHS = 24  # so many that a signal after nine of them comes before the end
 EVAL_EVERY = 5
 
 
@@ -85,6 +85,10 @@ def evaluated(workdir):
     return [(row["epoch"], row["prompts"]) for row in metrics.read(workdir / "evaluations.jsonl")]
 
 
+def evaluations_of(num_epochs):
+    return [(epoch, "train") for epoch in (*range(0, num_epochs, EVAL_EVERY), num_epochs)]
+
+
 @pytest.fixture(scope="module")
 def finished(small_folder, tmp_path_factory):
     """An uninterrupted run."""
@@ -100,8 +104,8 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_an_export(finished):
     wanted = "reward/mean reward/std reward/missing approx_kl clip_fraction ratio_max_deviation loss grad_norm"
     assert {*wanted.split(), "skipped_steps", "images_per_second", "seconds/rollout"} <= rows[0].keys()
     assert rows[0]["ratio_max_deviation"] <= 5e-6
-    assert evaluated(finished) == [(epoch, "train") for epoch in (0, 5, 10, 12)]
-    assert len(list((finished / "images").glob("train_*.png"))) == 4
+    assert evaluated(finished) == evaluations_of(NUM_EPOCHS)
+    assert len(list((finished / "images").glob("train_*.png"))) == len(evaluations_of(NUM_EPOCHS))
     assert last_checkpoint(finished)[0] == NUM_EPOCHS
     assert (finished / "export" / "model_index.json").is_file() and (finished / "export" / "README.md").is_file()
     page = (finished / "report.html").read_text(encoding="utf-8")
@@ -149,13 +153,15 @@ def test_a_finished_run_does_nothing_more(finished, small_folder, num_epochs):
     assert [(finished / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")] == before
 
 
-def test_a_finished_run_goes_on_when_it_may_last_longer(finished, small_folder):
+def test_a_finished_run_goes_on_when_it_may_last_longer(finished, small_folder, capsys):
     before = metrics.read(finished / "metrics.jsonl")
     assert main(flags(small_folder, finished, num_epochs=NUM_EPOCHS + 1)) == 0
     rows = metrics.read(finished / "metrics.jsonl")
     assert rows[:-1] == before and rows[-1]["epoch"] == NUM_EPOCHS
-    assert evaluated(finished) == [(epoch, "train") for epoch in (0, 5, 10, 13)]
+    assert evaluated(finished) == evaluations_of(NUM_EPOCHS + 1)
     assert last_checkpoint(finished)[0] == NUM_EPOCHS + 1
+    *_, last_line = capsys.readouterr().out.splitlines()
+    assert all(part in last_line for part in (" s in all: ", "update ", "evaluations ", "compiling was "))
 
 
 def test_another_config_is_refused(finished, small_folder, capsys):
@@ -190,7 +196,7 @@ def test_a_scorer_that_fails_later_leaves_the_last_whole_round(small_folder, tmp
     assert last_checkpoint(tmp_path / "run")[0] == 3
     assert len(metrics.read(tmp_path / "run" / "metrics.jsonl")) == 3
     assert not (tmp_path / "run" / "export").exists()
-    assert "3 of 12" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"3 of {NUM_EPOCHS}" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def empty_prompts(folder, tmp_path):

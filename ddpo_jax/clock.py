@@ -1,0 +1,53 @@
+"""Where a run's time goes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+
+# XLA alone, without tracing. Reading a program from the persistent cache counts too: it is short.
+COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+class Clock(NamedTuple):
+    """Seconds on a wall clock, by what took them."""
+
+    spend: Callable  # name -> context manager whose seconds are `name`'s
+    add: Callable  # seconds by name
+    split: Callable  # () -> all of them since the clock began, in one line
+
+
+@contextmanager
+def running_clock() -> Iterator[Clock]:
+    """A clock that runs from here on, and watches the compiler while the context lasts."""
+    begin, spent, compiling = time.monotonic(), Counter(), 0.0
+
+    def watch(event: str, seconds: float, **_: Any) -> None:
+        nonlocal compiling
+        if event == COMPILE:
+            compiling += seconds
+
+    @contextmanager
+    def spend(name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            spent[name] += time.monotonic() - start
+
+    def split() -> str:
+        total = time.monotonic() - begin
+        parts = [*spent.most_common(), ("the rest", total - spent.total())]
+        accounts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts)
+        return f"{total:.0f} s in all: {accounts}; compiling was {compiling:.0f} s of it"
+
+    jax.monitoring.register_event_duration_secs_listener(watch)
+    try:
+        yield Clock(spend, spent.update, split)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(watch)
