@@ -60,7 +60,8 @@ def get_config() -> ConfigDict:
     # Pictures a prompt.
     sample.num_samples_per_prompt = 1
     # The pictures of one draw of a prompt start from the same noise and are compared with each other alone (DanceGRPO).
-    # With few steps the noise at the start decides most of a picture, and no step has earned that.
+    # With few steps the noise at the start decides most of a picture, and no step has earned that. It takes at least 2
+    # pictures a prompt, better 4 or more (of 2 one is always +1, the other -1), and a buffer_size of 0 below.
     sample.shared_noise = False
     # Pictures a program call. Larger is faster until memory is full.
     sample.chunk_size = 8
@@ -117,8 +118,8 @@ def get_config() -> ConfigDict:
     train.ema_decay = 0.0
 
     config.per_prompt_stat_tracking = tracking = ConfigDict()
-    # Rewards kept a prompt for its own mean and deviation; 0 standardises over the whole round instead, or over a
-    # draw's own pictures where sample.shared_noise is set.
+    # Rewards kept a prompt for its own mean and deviation; 0 standardises over the whole round instead. With
+    # sample.shared_noise it must be 0: each draw's own pictures are standardised.
     tracking.buffer_size = 32
     # Below so many, a prompt takes the round's mean and deviation.
     tracking.min_count = 16

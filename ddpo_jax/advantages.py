@@ -1,7 +1,7 @@
 """Rewards -> advantages, on the host: (init, update) pairs whose carry is an array tree, checkpointed with the run.
 
 A missing reward is NaN. It enters no statistics, its own advantage and weight are 0, and all other advantages are
-exactly those of a batch without it. Statistics are taken in float64 of float32 rewards.
+exactly those of a batch (or group) without it. Statistics are taken in float64 of float32 rewards.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def whiten(*, eps: float = 1e-8) -> Advantages:
     return Advantages(init, update)
 
 
-def per_group(*, size: int, eps: float = 1e-4) -> Advantages:
+def per_group(*, size: int, eps: float = 1e-6) -> Advantages:
     """Advantages over the `size` samples of one draw of a prompt, which stand in a row.
 
     A_i = (r_i - mean(g)) / (std(g) + ε),  g the rewards of sample i's group
 
-    Shao et al. 2024 (GRPO), Sec. 4.1.2. Where the samples of a group also start from the same noise, as in Xue et al.
-    2025 (DanceGRPO), nothing is left in A but what the denoising steps drew. ids are not read.
+    Shao et al. 2024 (GRPO), Sec. 4.1.2; ε as in `per_prompt`. Where the samples of a group also start from the same
+    noise, as in Xue et al. 2025 (DanceGRPO), nothing is left in A but what the denoising steps drew. ids are not read.
 
     Raises: UserError if a group has fewer than two samples; from `update` if the batch is not of whole groups.
     """
@@ -113,7 +113,7 @@ def per_group(*, size: int, eps: float = 1e-4) -> Advantages:
         for first in range(0, len(rewards), size):
             own = np.arange(first, first + size)[present[first : first + size]]
             advantage[own] = _standardise(rewards[own], rewards[own], eps)
-        return *_scatter(present, advantage[present]), carry
+        return advantage.astype(np.float32), present.astype(np.float32), carry
 
     return Advantages(init, update)
 

@@ -147,6 +147,11 @@ def describe(config: ConfigDict, model: Model, *, run_length: int) -> tuple[str,
         samples = config.sample.num_prompts * config.sample.num_samples_per_prompt
     updates = config.train.num_updates * config.train.num_inner_epochs
     lines = [f"{run_length} epochs of {samples} samples and {updates} updates"]
+    if config.algorithm != "sft" and config.sample.shared_noise:
+        lines.append(
+            f"{config.sample.num_prompts} draws an epoch; the {config.sample.num_samples_per_prompt} pictures of a draw"
+            " start from the same noise and are compared with each other"
+        )
     if config.algorithm == "ddpo_is" and config.sample.log_prob_reduction == "mean":
         size = int(np.prod(model.latent_shape))
         nats = config.train.clip_range * size

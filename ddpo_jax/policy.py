@@ -89,7 +89,10 @@ def make_policy(
 
 
 def make_sampler(model: Model, policy: Policy) -> Callable:
-    """One jitted program: params, frozen, tokens (b, s), a rollout's keys -> cond, Trajectory, images (b, H, W, 3)."""
+    """One jitted program: params, frozen, tokens (b, s), keys (b,), start_keys (b,) or None -> what it made.
+
+    That is cond, Trajectory and images (b, H, W, 3).
+    """
 
     def sample(
         params: PyTree,

@@ -41,7 +41,7 @@ class Model(NamedTuple):
 class Policy(NamedTuple):
     """A model, a process and guidance, seen as a stochastic policy over denoising steps."""
 
-    rollout: Callable  # params, cond, uncond, keys (b,) -> Trajectory
+    rollout: Callable  # params, cond, uncond, keys (b,), start_keys (b,) or None -> Trajectory
     transition: Callable  # params, x_t, t, t_next, cond, uncond -> Gaussian
     log_prob: Callable  # Gaussian, x_next -> (b,)
     kl: Callable  # Gaussian, Gaussian -> (b,), in the units of log_prob

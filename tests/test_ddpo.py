@@ -287,7 +287,8 @@ def test_shared_noise_compares_the_pictures_of_a_draw(small_folder, world):
     batch, _, _ = run.algorithm.collect(world.fresh().params, run.frozen, run.draw(0), (), jax.random.key(1))
     start, after = np.asarray(batch.trajectory.x[:, 0]), np.asarray(batch.trajectory.x[:, 1])
     assert len(np.unique(start, axis=0)) == 2 and len(np.unique(after, axis=0)) == SAMPLES
-    np.testing.assert_allclose(np.reshape(batch.advantage, (2, 4)).mean(axis=1), 0, atol=1e-6)
+    groups = np.reshape(batch.advantage, (2, 4))
+    np.testing.assert_allclose([groups.mean(axis=1), groups.std(axis=1)], [[0, 0], [1, 1]], atol=1e-3)
 
     for wrong, message in (
         ({"per_prompt_stat_tracking.buffer_size": 8}, "buffer_size=8 must be 0"),
@@ -314,7 +315,8 @@ def test_nan_pictures_are_missing_and_never_learned_from(world):
     assert finite(state.params)
 
 
-def test_chunk_size_does_not_change_pictures(world):
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_chunk_size_does_not_change_pictures(world, group_size):
     prompts, params = world.run.draw(0), world.fresh().params
 
     def draw(size):
@@ -325,6 +327,7 @@ def test_chunk_size_does_not_change_pictures(world):
             prompts,
             jax.random.key(1),
             keep=lambda cond, trajectory, images: np.asarray(images),
+            group_size=group_size,
         )
         return images, scores
 
