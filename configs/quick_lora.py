@@ -11,5 +11,6 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.train.lora_rank = 4
-    config.train.learning_rate = 3e-4  # as ddpo-pytorch trains adapters
+    config.train.adam_epsilon = 1e-8
+    config.train.learning_rate = 7e-4
     return config

@@ -12,7 +12,9 @@ def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.reward.name = "clip_score,jpeg_incompressibility"
     config.reward.clip_model = "tiny"
-    # A unit of the first weighs as much as 17 bytes. Both spread alike over the pictures of an earlier embedded model;
-    # on this one the second now counts for more.
+    # Among pictures that are compared, those of a draw, the fit spreads by 3.4 points and the size by 0.045 kB: so
+    # weighed, both say about as much.
     config.reward.weights = (1.0, 60.0)
+    # Each pulls against the other: it takes longer than one alone.
+    config.num_epochs = 35
     return config
