@@ -15,8 +15,8 @@ from configs import quickstart
 from ddpo_jax.config import choose_variant
 
 VARIANTS = {
-    "kl": {"train.kl_weight": 0.15},
-    "kl_budget": {"train.kl_budget": 0.03},
+    "kl": {"train.kl_weight": 0.03},
+    "kl_budget": {"train.kl_budget": 0.02},
 }
 
 
