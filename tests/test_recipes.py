@@ -19,6 +19,7 @@ from ddpo_jax.data import prompt_source
 from ddpo_jax.main import main
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.stable_diffusion import Pretrained
+from ddpo_jax.settings import make_advantages
 from ddpo_jax.tiny.tokenizer import VOCAB_SIZE
 from ddpo_jax.types import Model
 
@@ -106,6 +107,11 @@ def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkey
     assert {(0, "train"), (1, "train")} <= {(row["epoch"], row["prompts"]) for row in shown}
     assert all(np.isfinite(row["reward/mean"]) for row in shown)
     assert (workdir / "export" / "model_index.json").is_file() and (workdir / "report.html").is_file()
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if load(recipe).algorithm != "sft"])
+def test_pictures_can_be_compared_at_a_recipes_own_sizes(recipe):
+    make_advantages(load(recipe), num_prompts=45)  # raises what the shrunk epoch may not
 
 
 # Of a round: samples, updates, learning rate, advantage clip, statistics of a prompt (buffer, least count), prompts.
