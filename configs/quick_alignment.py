@@ -2,10 +2,11 @@
 
 python -m ddpo_jax.main --config=configs/quick_alignment.py
 
-It has learned to draw "a fox". Asked for "fox", as here, it draws what it likes: alignment has something to teach. The
-CLIP compares each picture with "a fox". A convnet that was trained apart from the CLIP looks on: the share of the
-pictures that it recognises counts nothing, and shows whether the score is gained by better animals, or by fooling the
-CLIP. What learns is adapters on the cross-attention, through which the prompt comes in.
+It has learned to draw "a fox". Asked for "fox in the wild", without the article and at a place it never heard of, it
+draws any animal, nine times of ten another one: alignment has something to teach. The CLIP compares each picture with
+"a fox in the wild". A convnet that was trained apart from the CLIP looks on: the share of the pictures that it
+recognises counts nothing, and shows whether the score is gained by better animals, or by fooling the CLIP. What learns
+is adapters on the cross-attention, through which the prompt comes in.
 """
 
 from ml_collections import ConfigDict
@@ -16,9 +17,9 @@ from ddpo_jax.tiny.render import ANIMALS
 
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
-    config.num_epochs = 100
-    config.eval_every = 20
-    config.prompts.list = ANIMALS
+    config.num_epochs = 60
+    config.eval_every = 15
+    config.prompts.list = tuple(f"{animal} in the wild" for animal in ANIMALS)
     config.reward.name = "clip_score,ddpo_jax.tiny.judge:recognised"
     config.reward.clip_model = "tiny"
     config.reward.clip_template = "a {}"

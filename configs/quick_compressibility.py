@@ -11,7 +11,7 @@ share of the pictures in which a convnet still finds the animal is looked at, an
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import quick_lora
 from ddpo_jax.config import choose_variant
 
 VARIANTS = {
@@ -21,12 +21,9 @@ VARIANTS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = quickstart.get_config()
+    config = quick_lora.get_config()  # with all weights the control of benchmarks/recipes.py drifts three times as far
     config.reward.name = "jpeg_compressibility,ddpo_jax.tiny.judge:recognised"
     config.reward.weights = (1.0, 0.0)
-    # Gradients fade as the pictures flatten: Adam's own scale goes on where the quickstart's epsilon would slow down.
-    config.train.adam_epsilon = 1e-8
-    config.train.learning_rate = 4e-5
     config.num_epochs = 20
     config.eval_every = 5
     return choose_variant(config, VARIANTS, variant)

@@ -12,5 +12,5 @@ def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.train.lora_rank = 4
     config.train.adam_epsilon = 1e-8
-    config.train.learning_rate = 7e-4
+    config.train.learning_rate = 1.1e-3
     return config

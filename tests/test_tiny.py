@@ -44,6 +44,7 @@ def test_renderings_show_every_animal_and_name_it():
         ("an ant on a red background", "ant"),
         ("a rat on an orange dotted background", "rat"),
         ("ant", "ant"),
+        ("fox in the wild", "fox"),
     ],
 )
 def test_animal_of_a_caption(caption, animal):

@@ -17,7 +17,7 @@ from ddpo_jax.tiny.sprites import COLUMNS, EMOJI, SHEET, SIZE
 RESOLUTION = 64
 ANIMALS = tuple(EMOJI)
 PROMPTS = tuple(with_article(animal) for animal in ANIMALS)  # the captions that name the animal alone
-CAPTION = re.compile(rf"(?:an? )?({'|'.join(ANIMALS)})(?: on .+)?")
+CAPTION = re.compile(rf"(?:an? )?({'|'.join(ANIMALS)})(?: (?:on|in) .+)?")
 
 COLORS = {
     "red": (214, 64, 60), "orange": (240, 150, 50), "yellow": (247, 219, 88), "green": (96, 176, 92),
@@ -59,7 +59,7 @@ def portrait(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
 
 
 def animal_of(caption: str) -> int | None:
-    """The index in ANIMALS of the animal that a caption such as `render` gives, or a bare name, names; None if none."""
+    """The index in ANIMALS of the animal in a caption as `render` gives, with or without its article; None if none."""
     match = CAPTION.fullmatch(caption)
     return ANIMALS.index(match[1]) if match else None
 
