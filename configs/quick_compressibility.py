@@ -1,4 +1,4 @@
-"""The embedded model towards pictures that JPEG compresses well.
+"""The embedded model towards pictures that JPEG compresses well, by adapters.
 
 python -m ddpo_jax.main --config=configs/quick_compressibility.py
 python -m ddpo_jax.main --config=configs/quick_compressibility.py:kl
@@ -21,7 +21,7 @@ VARIANTS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = quick_lora.get_config()  # with all weights the control of benchmarks/recipes.py drifts three times as far
+    config = quick_lora.get_config()
     config.reward.name = "jpeg_compressibility,ddpo_jax.tiny.judge:recognised"
     config.reward.weights = (1.0, 0.0)
     config.num_epochs = 20
