@@ -15,7 +15,7 @@ from configs import quick_lora
 from ddpo_jax.config import choose_variant
 
 VARIANTS = {
-    "kl": {"train.kl_weight": 0.03},
+    "kl": {"train.kl_weight": 0.08},
     "kl_budget": {"train.kl_budget": 0.02},
 }
 

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.sample.guidance_scale = 1.0
     config.sample.num_prompts = 16
     config.sample.num_samples_per_prompt = 8
-    # At a prompt, most of the reward's variance is the noise at the start, and no step has earned that.
+    # At a prompt, most of the reward's variance comes from the initial noise, and no step has earned that.
     config.sample.shared_noise = True
     config.per_prompt_stat_tracking.buffer_size = 0
     config.sample.chunk_size = 64

@@ -59,7 +59,7 @@ def portrait(index: int) -> tuple[UInt8[np.ndarray, "64 64 3"], str]:
 
 
 def animal_of(caption: str) -> int | None:
-    """The index in ANIMALS of the animal in a caption as `render` gives, with or without its article; None if none."""
+    """The index in ANIMALS of the animal in `[a|an] ANIMAL [on ...|in ...]`; None if it is not of this form."""
     match = CAPTION.fullmatch(caption)
     return ANIMALS.index(match[1]) if match else None
 
