@@ -3,10 +3,10 @@
 python -m ddpo_jax.main --config=configs/quick_alignment.py
 
 It has learned to draw "a fox". Asked for "fox in the wild", a form that it never saw, it mostly draws blurs: alignment
-has something to teach. The CLIP compares each picture with "a fox in the wild" (for it too the end is new, and does
-little). A classifier that was trained apart from the CLIP looks on: the share of the pictures in which it recognises
-the animal counts nothing, and shows whether the score is gained by the right animals, or by fooling the CLIP. What
-learns is LoRA on the cross-attention, through which the prompt comes in.
+has something to teach. The CLIP compares each picture with "a fox in the wild": the end is new to it too, and yet of
+all animals it finds this text most like "a fox". A classifier that was trained apart from the CLIP looks on: the share
+of the pictures in which it recognises the animal counts nothing, and shows whether the score is gained by the right
+animals, or by fooling the CLIP. What learns is LoRA on the cross-attention, through which the prompt comes in.
 """
 
 from ml_collections import ConfigDict

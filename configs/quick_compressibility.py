@@ -1,4 +1,4 @@
-"""The embedded model towards pictures that JPEG compresses well, by adapters.
+"""The embedded model towards pictures that JPEG compresses well, by LoRA.
 
 python -m ddpo_jax.main --config=configs/quick_compressibility.py
 python -m ddpo_jax.main --config=configs/quick_compressibility.py:kl
