@@ -37,6 +37,10 @@ def get_config() -> ConfigDict:
     pretrained.model = "tiny"
     # Pixels, one side; 0 is the checkpoint's own.
     pretrained.resolution = 0
+    # Which files of the folder: "fp16" reads diffusion_pytorch_model.fp16.safetensors and its like; "" those without.
+    pretrained.variant = ""
+    # Branch, tag or commit of a hub id; "" is the newest. A commit makes sure that a run is of the same weights later.
+    pretrained.revision = ""
 
     config.prompts = prompts = ConfigDict()
     # imagenet_animals, common_animals, animal_activities, counting, or a UTF-8 file with one prompt a line.
@@ -65,16 +69,22 @@ def get_config() -> ConfigDict:
     sample.shared_noise = False
     # Pictures a program call. Larger is faster until memory is full.
     sample.chunk_size = 8
+    # Of these, pictures that are decoded at a time; 0 is all. Decoding is what needs most memory at 1024 pixels.
+    sample.decode_chunk_size = 0
     # Log-probs in nats: "mean" a latent element (published; clip_range 1e-4 assumes it) or "sum" a latent.
     sample.log_prob_reduction = "mean"
 
     config.train = train = ConfigDict()
-    # AdamW.
+    # "adamw", or "adafactor": second moments in factors of a matrix, and no first ones. Then adam_beta1, adam_beta2 and
+    # adam_epsilon are not read.
+    train.optimizer = "adamw"
     train.learning_rate = 1e-5
     train.adam_beta1 = 0.9
     train.adam_beta2 = 0.999
     train.adam_epsilon = 1e-8
     train.adam_weight_decay = 1e-4
+    # What AdamW's first moments are kept in: "float32", or "bfloat16" for half their memory.
+    train.adam_moment_dtype = "float32"
     # The gradient of an update is scaled down to this norm.
     train.max_grad_norm = 1.0
     # Updates over which the learning rate rises from 0; 0: at once.
@@ -85,7 +95,8 @@ def get_config() -> ConfigDict:
     train.lora_rank = 0
     # Adapters count alpha / rank; 0: alpha = rank.
     train.lora_alpha = 0.0
-    # Regular expression of kernel paths that get an adapter.
+    # Regular expression of kernel paths that get an adapter. r"(attn[12]/to_\w+|ff/net_\w+(/proj)?)/kernel$" adds the
+    # feed-forward layers, r"(attn[12]/to_\w+|resnets_\d+/conv\d)/kernel$" the residual blocks' convolutions.
     train.lora_targets = r"attn[12]/(to_q|to_k|to_v|to_out_0)/kernel$"
     # Optimizer steps a pass over a round's samples: each takes its share of them, all timesteps.
     train.num_updates = 4
@@ -101,8 +112,11 @@ def get_config() -> ConfigDict:
     train.min_timestep = 0
     # (sample, timestep) rows a gradient program. Larger is faster until memory is full; it changes only rounding.
     train.micro_batch_size = 16
-    # Recompute the UNet's blocks in the backward pass: a tenth of its memory for a third more work. No effect on CPU.
-    train.remat = False
+    # What of the UNet's forward pass is kept for the backward pass; the rest is computed again. "none" keeps all,
+    # "products" the outputs of convolutions and linear layers, "blocks" what goes into each block (a third more work),
+    # "full" the same, and inside a block it keeps one layer at a time (two thirds more). The README has the bytes. No
+    # effect on CPU.
+    train.remat = "none"
     # PPO's clip range of the importance ratio. Larger learns faster, and less safely.
     train.clip_range = 1e-4
     # Advantages are clipped to ± this.

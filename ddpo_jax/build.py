@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,18 @@ import numpy as np
 import optax
 from jaxtyping import Float32
 from ml_collections import ConfigDict
+from transformers import CLIPTokenizer
 
 from ddpo_jax import algorithms, data, rewards, settings
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.tokenizer import find_too_long, load_tokenizer, tokenize
+from ddpo_jax.models.stable_diffusion import Pretrained, Source, freeze
+from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
 from ddpo_jax.policy import make_policy, make_sampler
 from ddpo_jax.process import choose
 from ddpo_jax.settings import Loaded
 from ddpo_jax.types import Algorithm, Finetune, Frozen, Model, Prompts, PyTree, TrainState
-from ddpo_jax.workdir import flatten
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     draw: Callable  # epoch -> the round's inputs, pure
     eval_prompts: dict[str, Prompts]  # by name: train, held_out
     reward_weights: np.ndarray
-    folder: Path  # of the pretrained model
+    source: Source  # of the pretrained model
     notes: tuple[str, ...]
 
 
@@ -50,21 +50,14 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         UserError, RunStopped: something of it cannot be used.
     """
     settings.check(config)
-    dtype = choose(DTYPES, config.compute_dtype, "compute_dtype")
     settings_of = choose(settings.METHODS, config.algorithm, "algorithm")
     reward, reward_params = rewards.make(config.reward.name, settings.reward_settings(config.reward))
     reward_weights = weigh(reward.names, tuple(config.reward.weights))
     tuning, tx = settings.make_finetune(config.train), settings.make_optimizer(config.train)
     source = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
 
-    model, pretrained = stable_diffusion.load(
-        config.pretrained.model,
-        dtype=dtype,
-        resolution=config.pretrained.resolution or None,
-        remat=config.train.remat,
-    )
+    model, pretrained = load_model(config, tuning)
     jax.eval_shape(tuning.init, jax.random.key(0), pretrained.denoiser)  # raises what init would
-    tokenizer = load_tokenizer(pretrained.folder / "tokenizer")
     policy = make_policy(
         model,
         num_steps=config.sample.num_steps,
@@ -72,16 +65,16 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         guidance_scale=config.sample.guidance_scale,
         log_prob_reduction=config.sample.log_prob_reduction,
     )
-    prompt_sets, notes = load_prompts(config.prompts, source, tokenizer)
-    uncond = model.encode_text(pretrained.text, jnp.asarray(tokenize(tokenizer, [""])))
-    frozen = on_device(Frozen(pretrained.text, pretrained.denoiser, pretrained.vae, uncond, reward_params))
-    parts = Parts(model, policy, make_sampler(model, policy), reward, phase, config.sample.chunk_size)
+    prompt_sets, notes = load_prompts(config.prompts, source, pretrained.tokenizers)
+    frozen = on_device(freeze(model, pretrained, reward=reward_params))
+    sampler = make_sampler(model, policy, tuning.merge, decode_chunk_size=config.sample.decode_chunk_size)
+    parts = Parts(model, policy, sampler, reward, phase, config.sample.chunk_size)
 
     train_set, train_tokens = prompt_sets["train"]
     resolution = jax.eval_shape(model.decode, pretrained.vae, jnp.zeros((1, *model.latent_shape))).shape[1]
     rewards.probe(reward, reward_params, data.every(train_set, train_tokens, count=2), resolution=resolution)
     timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
-    loaded = Loaded(train_set, train_tokens, tokenizer, resolution, reward_weights, timesteps)
+    loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, reward_weights, timesteps)
     draw, method_settings = settings_of(config, loaded)
     learned_from = parts._replace(reward=rewards.shuffled(reward)) if config.reward.shuffled else parts
     return Run(
@@ -96,8 +89,21 @@ def build(config: ConfigDict, phase: Callable) -> Run:
             for name, (prompt_set, tokens) in prompt_sets.items()
         },
         reward_weights=reward_weights,
-        folder=pretrained.folder,
+        source=pretrained.source,
         notes=(*notes, *describe(config, model, run_length=config.num_epochs)),
+    )
+
+
+def load_model(config: ConfigDict, tuning: Finetune) -> tuple[Model, Pretrained]:
+    """The config's pretrained model, stored as this tuning wants it."""
+    return stable_diffusion.load(
+        config.pretrained.model,
+        dtype=choose(DTYPES, config.compute_dtype, "compute_dtype"),
+        resolution=config.pretrained.resolution or None,
+        remat=config.train.remat,
+        variant=config.pretrained.variant,
+        revision=config.pretrained.revision,
+        exact=tuning.changes,
     )
 
 
@@ -162,31 +168,18 @@ def describe(config: ConfigDict, model: Model, *, run_length: int) -> tuple[str,
     return tuple(lines)
 
 
-def load_prompts(config: ConfigDict, source: data.PromptSet, tokenizer) -> tuple[dict[str, tuple], tuple[str, ...]]:
+def load_prompts(
+    config: ConfigDict, source: data.PromptSet, tokenizers: Sequence[CLIPTokenizer]
+) -> tuple[dict[str, tuple], tuple[str, ...]]:
     """The train and held-out sets with their tokens, and what the user should know of them."""
     train, held_out = data.split(source, fraction=config.held_out, seed=config.split_seed)
     sets = {"train": train, "held_out": held_out}
-    sets = {name: (found, tokenize(tokenizer, found.texts)) for name, found in sets.items() if found.texts}
-    too_long = find_too_long(tokenizer, source.texts)
+    sets = {name: (found, tokenize_all(tokenizers, found.texts)) for name, found in sets.items() if found.texts}
+    too_long = find_too_long(tokenizers[0], source.texts)
     notes = ()
     if too_long:
         notes = (
-            f"{len(too_long)} of {len(source.texts)} prompts are longer than {tokenizer.model_max_length} tokens and"
-            f" are cut there, such as {too_long[0]!r}",
+            f"{len(too_long)} of {len(source.texts)} prompts are longer than {tokenizers[0].model_max_length} tokens"
+            f" and are cut there, such as {too_long[0]!r}",
         )
     return sets, notes
-
-
-def about(config: ConfigDict, run: Run, *, name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """What an exported folder's model card tells."""
-    return {
-        "name": name,
-        "model": config.pretrained.model,
-        "algorithm": config.algorithm,
-        "prompt": run.eval_prompts["train"].texts[0],
-        "num_steps": config.sample.num_steps,
-        "guidance_scale": config.sample.guidance_scale,
-        "eta": config.sample.eta,
-        "figures": figures,
-        "config": flatten(config.to_dict()),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,48 @@ def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> PyTree | Non
             f"{manager.directory}: checkpoint {step} is of another model than this one; give another --workdir"
         )
     return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+
+def read_trainable(folder: Path, step: int | None) -> tuple[int, PyTree]:
+    """A checkpoint's step and what it trained, as numpy arrays: the running average if the run kept one.
+
+    folder: a run's `checkpoints`.  step: None is the newest. Neither optimizer nor config is needed, or read.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is not whole.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected the checkpoints of a run")
+    with ocp.CheckpointManager(folder.absolute(), item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        steps = manager.all_steps()
+        if not steps or step not in (None, *steps):
+            known = ", ".join(map(str, sorted(steps))) or "none"
+            raise UserError(f"{folder}: no checkpoint {'' if step is None else step}; there are: {known}")
+        step = max(steps) if step is None else step
+        try:
+            saved = manager.item_metadata(step).tree
+            name = "params" if saved["ema"] is None else "ema"
+            like = {name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved[name])}
+            restore_args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), like)
+            args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
+            return step, manager.restore(step, args=args)[name]
+        except Exception as error:  # orbax and tensorstore raise many unrelated types for files that are not whole
+            _ignore_reads_under_way()
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise UserError(
+                f"{folder / str(step)}: not a whole checkpoint of a run ({reason}); give another"
+            ) from error
+
+
+def _ignore_reads_under_way() -> None:
+    """Keeps silent what follows a read that failed: others end later, and find orbax's event loop closed."""
+    tell = sys.unraisablehook
+
+    def tell_others(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = tell_others
 
 
 def host_copy(tree: PyTree) -> PyTree:

@@ -27,6 +27,9 @@ OLD_NAMES = (
     (re.compile(r"(mid_block\.attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
 )
 
+# Linear layers that the same checkpoints may keep as 1x1 convolutions.
+MAYBE_CONVOLUTION = re.compile(r"mid_block\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
+
 # Buffers that some checkpoints carry and no network reads.
 IGNORED = re.compile(r"(^|\.)position_ids$")
 
@@ -73,36 +76,59 @@ def leaf_path(path: tuple) -> tuple[str, ...]:
     return tuple(entry.key for entry in path)
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], like: PyTree, *, source: str) -> PyTree:
-    """The Flax tree with the structure and shapes of `like`, filled from torch-named tensors; dtypes are kept.
+class Stored(NamedTuple):
+    """Where a Flax leaf is in a file, and how it comes out."""
+
+    name: str  # in the file
+    to_flax: Callable
+
+
+def match(shapes: Mapping[str, tuple[int, ...]], like: PyTree, *, source: str) -> PyTree:
+    """The tree of `like` with a Stored for each leaf, found among torch-named tensors of these shapes.
 
     `source` names the file in errors.
 
     Raises:
         UserError: a tensor is missing, has another shape, or is left over.
     """
-    tensors = {_modern(name): tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
-    used = set()
-
-    def convert(path, template):
-        key, leaf = torch_key(leaf_path(path), len(template.shape))
-        if key not in tensors:
-            raise UserError(f"{source}: tensor {key!r} is missing; is the file whole, and does its config.json fit?")
-        used.add(key)
-        tensor = tensors[key]
-        expected = tuple(leaf.to_torch(np.empty(template.shape, np.bool_)).shape)
-        if tensor.shape[2:] == (1, 1) and len(expected) == 2:
-            # Checkpoints from before diffusers 0.18 may keep the VAE's attention as 1x1 convolutions.
-            tensor = tensor[:, :, 0, 0]
-        if tuple(tensor.shape) != expected:
-            raise UserError(f"{source}: tensor {key!r} has shape {tuple(tensor.shape)}; config.json implies {expected}")
-        return leaf.to_flax(tensor)
-
-    tree = jax.tree_util.tree_map_with_path(convert, like)
-    unused = sorted(set(tensors) - used)
+    names = {_modern(name): name for name in shapes if not IGNORED.search(name)}
+    places = {
+        torch_key(leaf_path(path), len(leaf.shape))[0] for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+    }
+    missing, unused = sorted(places - names.keys()), sorted(names.keys() - places)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{source}: tensor {missing[0]!r} is missing{more}; is the file whole, and does its config.json fit?"
+        )
     if unused:
         raise UserError(f"{source}: {len(unused)} tensors have no place in this network, such as {unused[:5]}")
-    return tree
+
+    def find(path, template):
+        key, leaf = torch_key(leaf_path(path), len(template.shape))
+        shape = tuple(shapes[names[key]])
+        expected = tuple(leaf.to_torch(np.empty(template.shape, np.bool_)).shape)
+        if shape == (*expected, 1, 1) and MAYBE_CONVOLUTION.search(key):
+            return Stored(names[key], lambda tensor: leaf.to_flax(tensor[:, :, 0, 0]))
+        if shape != expected:
+            raise UserError(f"{source}: tensor {key!r} has shape {shape}; config.json implies {expected}")
+        return Stored(names[key], leaf.to_flax)
+
+    return jax.tree_util.tree_map_with_path(find, like)
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], like: PyTree, *, source: str) -> PyTree:
+    """The Flax tree with the structure and shapes of `like`, filled from torch-named tensors; dtypes are kept.
+
+    Raises:
+        UserError: as `match` does.
+    """
+    stored = match({name: tensor.shape for name, tensor in tensors.items()}, like, source=source)
+    return jax.tree.map(lambda leaf: leaf.to_flax(tensors[leaf.name]), stored, is_leaf=is_stored)
+
+
+def is_stored(node: PyTree) -> bool:
+    return isinstance(node, Stored)
 
 
 def to_torch(tree: PyTree) -> dict[str, np.ndarray]:
@@ -114,9 +140,20 @@ def to_torch(tree: PyTree) -> dict[str, np.ndarray]:
     return tensors
 
 
-def without_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Names without a leading `prefix`: transformers 4 writes a text encoder with `text_model.`, 5 without."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def adapters_to_torch(adapters: Mapping[str, tuple], *, prefix: str) -> dict[str, np.ndarray]:
+    """Adapters as PEFT names and stores them: `lora_A.weight` (r, in, ...) and `lora_B.weight` (out, r, ...).
+
+    adapters: by the path of their kernel, A (..., in, r) and B (r, out), with α / r in B.
+    """
+    tensors = {}
+    for path, (a, b) in adapters.items():
+        a, b = np.asarray(a), np.asarray(b)
+        key, leaf = torch_key(tuple(path.split("/")), a.ndim)
+        b = b.reshape(*(1,) * (a.ndim - 2), *b.shape)
+        for name, factor in (("lora_A", a), ("lora_B", b)):
+            module = key.removesuffix(leaf.torch_name)
+            tensors[f"{prefix}{module}{name}.weight"] = np.asarray(leaf.to_torch(factor), np.float32, order="C")
+    return tensors
 
 
 def _modern(name: str) -> str:

@@ -23,17 +23,17 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     parts: Parts,
-    params: PyTree,
+    trainable: PyTree,
     frozen: Frozen,
     prompts: Prompts,
     *,
     key_data: Any,
     weights: Float32[np.ndarray, " experts"],
 ) -> Evaluation:
-    """The pictures of `params` at these prompts, with the same noise whenever it is called in a run."""
+    """The pictures of `trainable` at these prompts, with the same noise whenever it is called in a run."""
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), KEY_INDEX)
     images, scores = scored_rollouts(
-        parts, params, frozen, prompts, key, keep=lambda cond, trajectory, images: np.asarray(images)
+        parts, trainable, frozen, prompts, key, keep=lambda cond, trajectory, images: np.asarray(images)
     )
     rewards = combine(scores, weights)
     return Evaluation(images, rewards, reward_report(parts.reward.names, scores, rewards))

@@ -24,8 +24,7 @@ def make_policy(
     Raises:
         UserError: a setting is out of range.
     """
-    if not 0 <= eta <= 1:
-        raise UserError(f"sample.eta={eta}: expected 0 (deterministic) to 1, the published value")
+    check_sampling(eta, guidance_scale)
     if log_prob_reduction not in ("mean", "sum"):
         raise UserError(f"sample.log_prob_reduction={log_prob_reduction!r}: expected 'mean' or 'sum'")
     predict = _guidance(model.predict, guidance_scale)
@@ -88,22 +87,40 @@ def make_policy(
     return Policy(rollout, transition, log_prob, kl, denoising_error)
 
 
-def make_sampler(model: Model, policy: Policy) -> Callable:
-    """One jitted program: params, frozen, tokens (b, s), keys (b,), start_keys (b,) or None -> what it made.
+def check_sampling(eta: float, guidance_scale: float) -> None:
+    """Raises UserError if a setting of the sampler is out of range, NaN too."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"sample.eta={eta}: expected 0 (deterministic) to 1, the published value")
+    if not guidance_scale >= 1:
+        raise UserError(
+            f"sample.guidance_scale={guidance_scale}: expected 1 (no guidance) or more; 5 is the published value"
+        )
+
+
+def make_sampler(model: Model, policy: Policy, merge: Callable, *, decode_chunk_size: int = 0) -> Callable:
+    """One jitted program: trainable, frozen, tokens (b, s), keys (b,), start_keys (b,) or None -> what it made.
 
     That is cond, Trajectory and images (b, H, W, 3).
+
+    merge: as in Finetune. It is done inside, so that no merged copy of the denoiser outlives the call.
+    decode_chunk_size: pictures that are decoded at a time; 0 is all of them.
     """
 
+    def decode(vae: PyTree, x_0: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        if not 0 < decode_chunk_size < len(x_0):
+            return model.decode(vae, x_0)
+        return jax.lax.map(lambda one: model.decode(vae, one[None])[0], x_0, batch_size=decode_chunk_size)
+
     def sample(
-        params: PyTree,
+        trainable: PyTree,
         frozen: Frozen,
         tokens: Int[Array, "b s"],
         keys: Key[Array, " b"],
         start_keys: Key[Array, " b"] | None = None,
     ) -> tuple[PyTree, Trajectory, Float[Array, "b H W 3"]]:
         cond = model.encode_text(frozen.text, tokens)
-        trajectory = policy.rollout(params, cond, frozen.uncond, keys, start_keys)
-        return cond, trajectory, model.decode(frozen.vae, trajectory.x[:, -1])
+        trajectory = policy.rollout(merge(frozen.denoiser, trainable), cond, frozen.uncond, keys, start_keys)
+        return cond, trajectory, decode(frozen.vae, trajectory.x[:, -1])
 
     return jax.jit(sample)
 
@@ -119,8 +136,6 @@ def sample_keys(key: Key[Array, ""], first: int, count: int, *, group_size: int 
 
 def _guidance(predict: Callable, scale: float) -> Callable:
     """The network with guidance, u + w (c - u) (Ho & Salimans 2022, Eq. 6), as one batch; or without."""
-    if not scale >= 1:  # NaN too
-        raise UserError(f"sample.guidance_scale={scale}: expected 1 (no guidance) or more; 5 is the published value")
 
     def guided(params, x_t, t, cond, uncond):
         def both(c, u):

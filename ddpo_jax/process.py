@@ -27,6 +27,7 @@ class NoiseSchedule(NamedTuple):
     prediction_type: str  # what the network regresses on
     timestep_spacing: str
     steps_offset: int
+    clip_range: float | None = None  # the x_0 of a step is cut to ± this; None: it is not. No published model's is
 
 
 class Prediction(NamedTuple):
@@ -50,7 +51,7 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
     """The noise schedule that a diffusers `scheduler_config.json` describes, whichever scheduler wrote it.
 
     A missing field has the default of diffusers' DDIMScheduler, as in `DDIMScheduler.from_config`, except
-    `clip_sample`: a scheduler that does not know the field does not clip.
+    `clip_sample`: another scheduler that does not speak of it does not clip.
 
     Raises: UserError for a process without betas and for settings that are not implemented.
     """
@@ -58,7 +59,7 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
     name = str(get("_class_name", ""))
     if "FlowMatch" in name or "EDM" in name:
         raise UserError(f"{name} has no beta schedule to sample with DDIM: choose a Stable Diffusion 1, 2 or XL folder")
-    for field in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+    for field in ("thresholding", "rescale_betas_zero_snr"):
         if get(field, False):
             raise UserError(
                 f"{field} true is not supported: expected false, or no such field, in scheduler_config.json"
@@ -88,6 +89,7 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
         prediction_type=prediction_type,
         timestep_spacing=timestep_spacing,
         steps_offset=get("steps_offset", 0),
+        clip_range=get("clip_sample_range", 1.0) if get("clip_sample", name == "DDIMScheduler") else None,
     )
 
 
@@ -154,6 +156,8 @@ def ddim(schedule: NoiseSchedule) -> Process:
             raise UserError(f"eta {eta} is out of range: expected 0 (deterministic) to 1 (as noisy as DDPM)")
         now, after = log_alpha_bar(t), log_alpha_bar(t_next)
         x_0, eps = prediction_type.split(upcast(prediction), upcast(x_t), *amplitudes(now))
+        if schedule.clip_range is not None:
+            x_0 = jnp.clip(x_0, -schedule.clip_range, schedule.clip_range)  # ε stays, as in diffusers
         # Of the noise variance 1 - ᾱ', η = 1 draws the part `drawn` anew and keeps the part `kept` of ε, and the two
         # add up to 1. Then 1 - ᾱ' - σ² needs no difference of nearly equal numbers, and is never negative.
         beta_bar, beta_bar_next = -jnp.expm1(now), -jnp.expm1(after)

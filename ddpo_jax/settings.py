@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 from ddpo_jax import advantages, data, finetune, image_text, optimizers, rewards
 from ddpo_jax.algorithms.ddpo import Scoring
 from ddpo_jax.errors import UserError
-from ddpo_jax.models.tokenizer import find_too_long, tokenize
+from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
 from ddpo_jax.types import Finetune, Prompts
 from ddpo_jax.update import Schedule
 
@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
 
     prompts: data.PromptSet  # to train on
     tokens: Int[np.ndarray, "n s"]
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
     resolution: int  # pixels
     reward_weights: Float[np.ndarray, " experts"]
     timesteps: Float[np.ndarray, " T+1"]  # of the sampler
@@ -101,9 +101,9 @@ def sft(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
             source, batch_size=config.data.batch_size, seed=config.seed, epoch=epoch, resolution=loaded.resolution
         )
         ids = np.arange(len(captions), dtype=np.int32)
-        cut = set(find_too_long(loaded.tokenizer, captions))
+        cut = set(find_too_long(loaded.tokenizers[0], captions))
         metadata = tuple({"cut": caption in cut} for caption in captions)
-        return images, Prompts(captions, tokenize(loaded.tokenizer, captions), ids, metadata)
+        return images, Prompts(captions, tokenize_all(loaded.tokenizers, captions), ids, metadata)
 
     return draw, {"prompt_dropout": config.data.prompt_dropout, "num_noise_draws": config.data.num_noise_draws}
 
@@ -125,7 +125,9 @@ def make_finetune(train: ConfigDict) -> Finetune:
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
-    return optimizers.adamw(
+    return optimizers.make(
+        train.optimizer,
+        moment_dtype=train.adam_moment_dtype,
         learning_rate=train.learning_rate,
         b1=train.adam_beta1,
         b2=train.adam_beta2,
@@ -156,6 +158,7 @@ def check(config: ConfigDict) -> None:
     not_negative = {
         "seed": config.seed,
         "eval_every": config.eval_every,
+        "sample.decode_chunk_size": sample.decode_chunk_size,
         "train.min_timestep": train.min_timestep,
         "train.kl_weight": train.kl_weight,
         "train.kl_budget": train.kl_budget,

@@ -11,12 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax import checkpoint, metrics, report
-from ddpo_jax.build import Run, about, build, init_state
+from ddpo_jax.build import Run, build, init_state
 from ddpo_jax.clock import Clock, running_clock
 from ddpo_jax.errors import Preempted
 from ddpo_jax.evaluate import evaluate
-from ddpo_jax.export import export
 from ddpo_jax.metrics import Console, Writer
+from ddpo_jax.saved import about, export_trained
 from ddpo_jax.settings import schedule
 from ddpo_jax.starts import keep_start
 from ddpo_jax.types import PyTree, TrainState
@@ -61,10 +61,9 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
                 writer.close()
                 with clock.spend("report"):
                     draw_report(workdir, console.note, running=False)
-            params = run.tuning.merge(run.frozen.denoiser, state.params if state.ema is None else state.ema)
-            figures = {"epochs": int(state.epoch), "updates": int(state.step), "reward": run.parts.reward.names}
-            card = about(config, run, name=workdir.name, figures=figures)
-            export(run.folder, workdir / "export", params, about=card)
+            trained = checkpoint.host_copy(state.params if state.ema is None else state.ema)
+            card = about(config, name=workdir.name, epochs=int(state.epoch))
+            export_trained(run.source, workdir / "export", run.tuning, trained, about=card)
             console.note(f"exported to {workdir / 'export'}")
             console.note(clock.split())
 
@@ -82,7 +81,6 @@ def loop(
     """The rounds that are left. Whatever stops them, the last whole round is saved."""
     algorithm, frozen = run.algorithm, run.frozen
     update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay)
-    merge = jax.jit(run.tuning.merge)
     previous = (metrics.read(workdir / "metrics.jsonl") or [{}])[-1]
     skipped = float(state.opt_state.total_notfinite)
     boundary, check = checkpoint.host_copy(state), algorithm.check
@@ -91,7 +89,7 @@ def loop(
             reason = algorithm.stop(previous)
             last = epoch >= config.num_epochs or reason is not None
             if last or epoch == 0 or (config.eval_every and epoch % config.eval_every == 0):
-                shown = merge(frozen.denoiser, state.params if state.ema is None else state.ema)
+                shown = state.params if state.ema is None else state.ema
                 with clock.spend("evaluations"):
                     show(run, shown, state, epoch, writer, console)
                 if not last:
@@ -102,9 +100,7 @@ def loop(
 
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
             key_collect, key_update = jax.random.split(key)
-            batch, carry, report = algorithm.collect(
-                merge(frozen.denoiser, state.params), frozen, run.draw(epoch), state.carry, key_collect
-            )
+            batch, carry, report = algorithm.collect(state.params, frozen, run.draw(epoch), state.carry, key_collect)
             state, history = optimize(
                 update,
                 algorithm,
@@ -141,10 +137,10 @@ def loop(
             checkpoint.save(manager, int(boundary.epoch), boundary)
 
 
-def show(run: Run, params: PyTree, state: TrainState, epoch: int, writer: Writer, console: Console) -> None:
+def show(run: Run, trainable: PyTree, state: TrainState, epoch: int, writer: Writer, console: Console) -> None:
     """Pictures and rewards at the fixed prompts and noise, before round `epoch`."""
     for name, prompts in run.eval_prompts.items():
-        found = evaluate(run.parts, params, run.frozen, prompts, key_data=state.key, weights=run.reward_weights)
+        found = evaluate(run.parts, trainable, run.frozen, prompts, key_data=state.key, weights=run.reward_weights)
         captions = [f"{text} {reward:.3g}" for text, reward in zip(prompts.texts, found.rewards, strict=True)]
         writer.images(epoch, name, found.images, captions)
         writer.evaluation(epoch, name, found.report, prompts.texts, found.rewards)

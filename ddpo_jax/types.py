@@ -27,10 +27,19 @@ class Process(NamedTuple):
     sample_timesteps: Callable  # key, b -> (b,) float32, the training distribution of t
 
 
+class Condition(NamedTuple):
+    """What the denoiser knows of the picture beside the latent."""
+
+    context: Float[Array, "b s d"]  # attended to
+    pooled: Float[Array, "b p"] | None = None  # these two are added to the time embedding in Stable Diffusion XL
+    time_ids: Float[Array, "b 6"] | None = None  # pixels: original height, width; crop top, left; target height, width
+
+
 class Model(NamedTuple):
     """Pure functions of a checkpoint; parameters are always passed in."""
 
     encode_text: Callable  # text params, tokens (b, s) -> cond, a pytree of (b, ...) arrays
+    encode_empty: Callable  # text params, tokens of the empty prompt (1, s) -> the cond that guidance leads away from
     predict: Callable  # denoiser params, x_t, t (b,), cond -> (b, h, w, c) float32
     encode: Callable  # vae params, images (b, H, W, 3) in [0, 1], keys (b,) -> x_0
     decode: Callable  # vae params, x_0 -> images (b, H, W, 3) float32 in [0, 1]
@@ -81,6 +90,8 @@ class Finetune(NamedTuple):
     init: Callable  # key, pretrained -> trainable
     merge: Callable  # pretrained, trainable -> denoiser params
     reads_pretrained: bool  # whether merge does
+    changes: Callable  # path/of/a/parameter -> whether training may change it
+    adapters: Callable  # trainable -> {path/of/a/kernel: (A, B)}, whose products are added; empty if there are none
 
 
 class Metrics(NamedTuple):
@@ -94,7 +105,7 @@ class Algorithm(NamedTuple):
     """A training method."""
 
     init: Callable  # () -> carry, an array pytree that is checkpointed
-    collect: Callable  # params, frozen, inputs of the round, carry, key -> batch, carry, report   (on the host)
+    collect: Callable  # trainable, frozen, inputs of the round, carry, key -> batch, carry, report   (on the host)
     loss: Callable  # params, frozen, batch, rows, key -> (r,) losses, Metrics   (pure)
     slices: Callable  # batch -> (b, s) bool numpy: what there is to learn from
     recompute: Callable | None  # batch, rows, Metrics -> batch, written before the first update; None: not wanted

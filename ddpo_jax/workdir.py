@@ -66,9 +66,14 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file's content, so that a reader sees the old or the new one, whole."""
+    replace_file(path, text.encode("utf-8"))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """`write_atomically` of bytes."""
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with new.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
@@ -83,6 +88,18 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = json.loads(json.dumps(value))
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mappings that `flatten` was given."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, field = name.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[field] = tuple(value) if isinstance(value, list) else value
+    return nested
 
 
 def _check_config(workdir: Path, config: dict[str, Any]) -> None:

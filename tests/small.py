@@ -1,16 +1,19 @@
 """Model folders small enough to make in a test: random weights, the real layout."""
 
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpo_jax.export import PIPELINE
-from ddpo_jax.models.clip import CLIPModel, CLIPTextModel, clip_config, text_config
+from ddpo_jax.diffusers_folder import model_index
+from ddpo_jax.models.clip import CLIPModel, clip_config, text_config
 from ddpo_jax.models.folder import WEIGHTS, write_json, write_weights
-from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
-from ddpo_jax.models.vae import AutoencoderKL, vae_config
+from ddpo_jax.models.stable_diffusion import TOKENIZERS, Configs, parameter_shapes, text_name
+from ddpo_jax.models.unet import unet_config
+from ddpo_jax.models.vae import vae_config
 from ddpo_jax.tiny import unet as tiny
 from ddpo_jax.tiny.tokenizer import MAX_LENGTH, VOCAB_SIZE, write_tokenizer
 
@@ -68,6 +71,59 @@ VAE = {
 
 SCHEDULER = tiny.SCHEDULER | {"prediction_type": "epsilon"}  # as the 1.x family predicts
 
+# What a later family has otherwise, in the shapes that tell: heads that differ between blocks, depths too, linear
+# projections; two text encoders of different widths.
+UNET_2 = UNET | {
+    "attention_head_dim": [2, 4],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+TEXT_2 = TEXT | {"hidden_act": "gelu", "projection_dim": 512}
+
+WIDTH_XL, POOLED_XL, TIME_ID_SIZE = 24, 20, 8
+TEXT_XL = TEXT | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": WIDTH_XL,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "projection_dim": POOLED_XL,
+    "eos_token_id": VOCAB_SIZE - 1,
+}
+UNET_XL = UNET_2 | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": TIME_ID_SIZE,
+    "cross_attention_dim": WIDTH + WIDTH_XL,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "projection_class_embeddings_input_dim": POOLED_XL + 6 * TIME_ID_SIZE,
+    "transformer_layers_per_block": [1, 2],
+    "upcast_attention": None,
+}
+
+
+class Family(NamedTuple):
+    pipeline: str
+    text: dict[str, dict]
+    unet: dict
+    vae: dict
+    scheduler: dict
+
+
+FAMILIES = {
+    "1": Family("StableDiffusionPipeline", {"text_encoder": TEXT}, UNET, VAE, SCHEDULER),
+    "2": Family("StableDiffusionPipeline", {"text_encoder": TEXT_2}, UNET_2, VAE, tiny.SCHEDULER),
+    "xl": Family(
+        "StableDiffusionXLPipeline",
+        {"text_encoder": TEXT, "text_encoder_2": TEXT_XL},
+        UNET_XL,
+        VAE | {"scaling_factor": 0.4, "force_upcast": True},
+        SCHEDULER,
+    ),
+}
+
 CLIP = {
     "architectures": ["CLIPModel"],
     "model_type": "clip",
@@ -87,8 +143,12 @@ CLIP = {
 
 
 def random_params(module, seed, *inputs):
+    """A network's parameters, as `random_values` gives them."""
+    return random_values(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"], seed)
+
+
+def random_values(shapes, seed):
     """Parameters with every leaf random, biases and norms too, so that no mistake can hide behind a 0 or a 1."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)
 
@@ -99,29 +159,45 @@ def random_params(module, seed, *inputs):
     return jax.tree.unflatten(tree, [draw(leaf) for leaf in leaves])
 
 
-def write_folder(folder: Path, *, seed: int = 0, scheduler: dict | None = None) -> Path:
-    """Writes a whole small Stable Diffusion and returns its folder."""
-    side = UNET["sample_size"]
-    text = random_params(CLIPTextModel(text_config(TEXT)), seed, jnp.zeros((1, MAX_LENGTH), jnp.int32))
-    unet = random_params(
-        UNet2DConditionModel(unet_config(UNET)),
-        seed + 1,
-        jnp.zeros((1, side, side, 4)),
-        jnp.zeros(1),
-        jnp.zeros((1, MAX_LENGTH, WIDTH)),
+def configs_of(family: str) -> Configs:
+    """What read_configs reads of a folder that `write_folder` wrote."""
+    pipeline, text, unet, vae, _ = FAMILIES[family]
+    return Configs(
+        pipeline,
+        {part: text_config(fields, projects=part == "text_encoder_2") for part, fields in text.items()},
+        unet_config(unet),
+        vae_config(vae),
+        zero_uncond=family == "xl",
     )
-    vae = random_params(AutoencoderKL(vae_config(VAE)), seed + 2, jnp.zeros((1, 16, 16, 3)))
-    write_tokenizer(folder / "tokenizer")
-    for part, config, params, prefix in (
-        ("text_encoder", TEXT, text, "text_model."),
-        ("unet", UNET, unet, ""),
-        ("vae", VAE, vae, ""),
-    ):
-        write_json(folder / part / "config.json", config)
-        write_weights(folder / part / WEIGHTS[part], params, dtype=np.float32, prefix=prefix)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler or SCHEDULER)
-    write_json(folder / "model_index.json", PIPELINE)
+
+
+def write_folder(folder: Path, family: str = "1", *, seed: int = 0, scheduler: dict | None = None) -> Path:
+    """Writes a whole small Stable Diffusion and returns its folder."""
+    pipeline, text, unet, vae, its_scheduler = FAMILIES[family]
+    for i, (part, shapes) in enumerate(parameter_shapes(configs_of(family)).items()):
+        params = random_values(shapes, seed + i)
+        write_json(folder / part / "config.json", {**text, "unet": unet, "vae": vae}[part])
+        write_weights(
+            folder / part / WEIGHTS[part], params, dtype=np.float32, rename=text_name if part in text else str
+        )
+        if part in text:
+            write_tokenizer(folder / TOKENIZERS[part])
+    if family != "1":
+        pad_with_exclamation_marks(folder / TOKENIZERS[part_that_pads(family)])
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler or its_scheduler)
+    write_json(folder / "model_index.json", model_index(pipeline))
     return folder
+
+
+def part_that_pads(family: str) -> str:
+    """The text encoder whose tokenizer fills up with token 0, as OpenCLIP's do."""
+    return {"2": "text_encoder", "xl": "text_encoder_2"}[family]
+
+
+def pad_with_exclamation_marks(folder: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "!"}))
 
 
 def write_clip(folder: Path, *, seed: int = 0) -> Path:

@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 # As in the design, which names no place for six: `workdir` and `config` stand beside `errors` and `plugins`, `clock`
 # beside `metrics`; `starts`, `export` and `build` as far to the left as what they read allows.
 ORDER = [
-    *("types", "errors", "plugins", "workdir", "config"),
+    *("types", "errors", "plugins", "workdir", "config", "command"),
     *("process", "losses", "advantages", "sharding", "convert", "models", "policy", "finetune", "optimizers"),
     *("rewards", "algorithms", "update", "data", "image_text"),
-    *("metrics", "clock", "starts", "report", "checkpoint", "export", "evaluate"),
-    *("settings", "build"),
-    *("train", "main"),
+    *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
+    *("settings", "build", "saved"),
+    *("export", "sample", "train", "main"),
 ]
 ASIDE = "tiny"  # makes the embedded model: reads anything but train and main, and is read by nothing else
 

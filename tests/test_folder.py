@@ -3,26 +3,28 @@
 import json
 import re
 import shutil
+from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import sd15
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small import TEXT, UNET, VAE
+from small import FAMILIES, configs_of, write_folder
 
+from benchmarks import families
 from ddpo_jax.errors import UserError
+from ddpo_jax.models import folder as model_folder
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.clip import text_config
-from ddpo_jax.models.folder import TINY, locate
-from ddpo_jax.models.unet import unet_config
-from ddpo_jax.models.vae import vae_config
+from ddpo_jax.models.folder import TINY, locate, pipeline_files, write_json
+from ddpo_jax.models.tokenizer import tokenize_all
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
+UNET_INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 
 
 def load(folder, **options):
@@ -81,6 +83,21 @@ def spoil(path, tensor_name, *values):
     return edit_tensors(path, change)
 
 
+def quantise(folder):
+    tensors = load_file(folder / UNET_WEIGHTS)
+    save_file(tensors | {"conv_out.bias": np.zeros(4, np.int8)}, folder / UNET_WEIGHTS)
+
+
+def rename_weights(suffix):
+    """Of all parts: `.fp16` makes another variant of them."""
+
+    def rename(folder):
+        for path in folder.glob("*/*.safetensors"):
+            path.rename(path.with_name(path.stem + suffix + path.suffix))
+
+    return rename
+
+
 def pickle_only(folder):
     (folder / UNET_WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.bin")
 
@@ -111,9 +128,33 @@ BROKEN = {  # what is done to the folder, and two things that the message says
     "half a JSON": (cut(UNET_CONFIG, 0.5), UNET_CONFIG, "not valid JSON"),
     "not text": (write(VAE_CONFIG, b"\xff\xfe{}"), VAE_CONFIG, "not valid JSON"),
     "not an object": (write(TEXT_CONFIG, b"[1]"), TEXT_CONFIG, "expected a JSON object, found list"),
-    "SDXL": (edit(INDEX, _class_name="StableDiffusionXLPipeline"), INDEX, "StableDiffusionXLPipeline"),
+    "a refiner": (edit(INDEX, _class_name="StableDiffusionXLImg2ImgPipeline"), INDEX, "StableDiffusionXLImg2ImgPip"),
+    "XL without its second encoder": (
+        edit(INDEX, _class_name="StableDiffusionXLPipeline"),
+        "text_encoder_2/config.json",
+        "no such file",
+    ),
     "another class": (edit(VAE_CONFIG, _class_name="AutoencoderTiny"), VAE_CONFIG, "AutoencoderTiny"),
-    "linear projection": (edit(UNET_CONFIG, use_linear_projection=True), UNET_CONFIG, "use_linear_projection=True"),
+    "linear projection": (edit(UNET_CONFIG, use_linear_projection=True), UNET_WEIGHTS, "has shape"),
+    "deeper transformers": (edit(UNET_CONFIG, transformer_layers_per_block=2), UNET_WEIGHTS, "is missing"),
+    "nested depths": (edit(UNET_CONFIG, transformer_layers_per_block=[[1, 1], 1]), UNET_CONFIG, "whole number a block"),
+    "no depth": (edit(UNET_CONFIG, transformer_layers_per_block=0), UNET_CONFIG, "[0, 0]: expected one positive"),
+    "text as a width": (edit(UNET_CONFIG, block_out_channels=["8", "16"]), UNET_CONFIG, "a value of another kind"),
+    "added conditions": (
+        edit(UNET_CONFIG, addition_embed_type="text_image"),
+        UNET_CONFIG,
+        "addition_embed_type='text_image' is not supported",
+    ),
+    "XL's conditions in 1.x": (
+        edit(
+            UNET_CONFIG,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=68,
+        ),
+        UNET_CONFIG,
+        "StableDiffusionPipeline expects addition_embed_type=None",
+    ),
     "another block": (
         edit(UNET_CONFIG, down_block_types=["SimpleCrossAttnDownBlock2D", "DownBlock2D"]),
         UNET_CONFIG,
@@ -127,17 +168,38 @@ BROKEN = {  # what is done to the folder, and two things that the message says
     "no latent size": (edit(UNET_CONFIG, sample_size=[4, 4]), UNET_CONFIG, "sample_size=[4, 4]"),
     "vae groups": (edit(VAE_CONFIG, norm_num_groups=3), VAE_CONFIG, "norm_num_groups=3"),
     "vae shift": (edit(VAE_CONFIG, shift_factor=0.1), VAE_CONFIG, "shift_factor=0.1"),
-    "another activation": (edit(TEXT_CONFIG, hidden_act="relu"), "CLIP", "hidden_act='relu'"),
-    "text heads": (edit(TEXT_CONFIG, num_attention_heads=3), "CLIP", "num_attention_heads=3"),
+    "another activation": (edit(TEXT_CONFIG, hidden_act="relu"), TEXT_CONFIG, "hidden_act='relu'"),
+    "text heads": (edit(TEXT_CONFIG, num_attention_heads=3), TEXT_CONFIG, "num_attention_heads=3"),
     "another text width": (edit(UNET_CONFIG, cross_attention_dim=24), "16 wide", "cross_attention_dim=24"),
     "inpainting": (edit(UNET_CONFIG, in_channels=9), UNET_CONFIG, "in_channels=9"),
     "learned variance": (edit(UNET_CONFIG, out_channels=8), UNET_CONFIG, "out_channels=8"),
-    "another prediction": (edit(SCHEDULER, prediction_type="sample"), "prediction_type", "'sample'"),
+    "another prediction": (edit(SCHEDULER, prediction_type="sample"), SCHEDULER, "'sample'"),
+    "a flow model's scheduler": (
+        edit(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
+        SCHEDULER,
+        "FlowMatch",
+    ),
+    "a quantised tensor": (quantise, UNET_WEIGHTS, "'conv_out.bias' is stored as I8; expected one of F16"),
+    "fp16 alone": (rename_weights(".fp16"), TEXT_WEIGHTS, "set pretrained.variant='fp16'"),
+    "an index without its shards": (
+        write(UNET_INDEX, b'{"weight_map": {"conv_in.bias": "diffusion_pytorch_model-00001-of-00002.safetensors"}}'),
+        UNET_WEIGHTS.replace(".safetensors", "-00001-of-00002.safetensors"),
+        "index.json names it",
+    ),
+    "an index that points elsewhere": (
+        write(UNET_INDEX, b'{"weight_map": {"conv_in.bias": "../vae/diffusion_pytorch_model.safetensors"}}'),
+        UNET_INDEX,
+        "expected a weight_map",
+    ),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "/tokenizer", "the model folder is not whole"),
+    "another vocabulary": (edit(TEXT_CONFIG, vocab_size=1000), "/tokenizer", "reads 32 out of 1000"),
 }
 
 
 @pytest.mark.parametrize(("break_it", "where", "what"), BROKEN.values(), ids=BROKEN)
 def test_broken_folder(folder, break_it, where, what):
+    if "index" in what or "weight_map" in what:
+        (folder / UNET_WEIGHTS).unlink()
     break_it(folder)
     with pytest.raises(UserError) as raised:
         load(folder)
@@ -169,10 +231,110 @@ def test_half_precision_files(small_folder, folder, stored):
     assert {x.dtype for x in jax.tree.leaves(loaded[:3])} == {np.dtype(np.float32)}
 
 
-def test_compute_dtype(small_folder):
-    _, pretrained = load(small_folder, dtype=jnp.bfloat16)
-    dtypes = [{str(x.dtype) for x in jax.tree.leaves(tree)} for tree in pretrained[:3]]
-    assert dtypes == [{"bfloat16"}, {"float32"}, {"bfloat16"}]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compute_dtype(tmp_path, family):
+    """Kernels are stored in it, and vectors in float32; all of a VAE that asks for it; all that is to stay exact."""
+    folder = write_folder(tmp_path, family)
+    _, pretrained = load(folder, dtype=jnp.bfloat16, exact=lambda path: path.endswith("attn1/to_q/kernel"))
+    for part, tree in {**pretrained.text, "unet": pretrained.denoiser, "vae": pretrained.vae}.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            exact = leaf.ndim < 2 or (path[-2].key == "to_q" and path[-3].key == "attn1")
+            exact |= part == "vae" and family == "xl"
+            assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), (part, path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_storing_kernels_in_the_compute_dtype_loses_nothing(tmp_path, family):
+    """To the bit: the networks round the same kernels to it wherever they come from."""
+    folder = write_folder(tmp_path, family)
+    model, stored = load(folder, dtype=jnp.bfloat16)
+    exact = load(folder, dtype=jnp.float32)[1]
+    assert {x.dtype for x in jax.tree.leaves(exact[:3])} == {np.dtype(np.float32)}
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(np.concatenate([tokenize_all(stored.tokenizers, [text]) for text in ("a fox", "two owls")]))
+    x_t, t = rng.normal(size=(2, *model.latent_shape)).astype(np.float32), np.array([801.0, 3.0], np.float32)
+    images = rng.uniform(size=(2, 16, 16, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def outputs(pretrained):
+        cond = jax.jit(model.encode_text)(pretrained.text, tokens)
+        return (
+            cond,
+            jax.jit(model.predict)(pretrained.denoiser, x_t, t, cond),
+            jax.jit(model.encode)(pretrained.vae, images, keys),
+            jax.jit(model.decode)(pretrained.vae, x_t),
+        )
+
+    jax.tree.map(np.testing.assert_array_equal, outputs(stored), outputs(exact))
+
+
+def shard(folder, part, stem, suffix=""):
+    """Cuts a part's weights into three files and an index, as diffusers (and transformers) write large models."""
+    tensors = load_file(folder / part / f"{stem}.safetensors")
+    (folder / part / f"{stem}.safetensors").unlink()
+    weight_map = {}
+    for i in range(3):
+        name = f"{stem}{suffix}-{i + 1:05d}-of-00003.safetensors"
+        own = dict(list(tensors.items())[i::3])
+        save_file(own, folder / part / name)
+        weight_map |= dict.fromkeys(own, name)
+    index = folder / part / f"{stem}.safetensors.index{suffix}.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def assert_same_weights(folder, other, **options):
+    jax.tree.map(np.testing.assert_array_equal, load(folder, **options)[1][:3], load(other)[1][:3])
+
+
+@pytest.mark.parametrize("suffix", ["", ".fp16"])
+def test_shards(small_folder, folder, suffix):
+    rename_weights(suffix)(folder)
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (folder / part / f"{stem}{suffix}.safetensors").rename(folder / part / f"{stem}.safetensors")
+        shard(folder, part, stem, suffix)
+    assert_same_weights(folder, small_folder, variant=suffix[1:])
+
+
+def test_a_variant_beside_another(small_folder, folder):
+    """Each is read where it is asked for; one that is not there is named, with what is."""
+    for path in list(folder.glob("*/*.safetensors")):
+        tensors = {name: np.zeros_like(tensor) for name, tensor in load_file(path).items()}
+        save_file(tensors, path.with_name(path.stem + ".fp16.safetensors"))
+    assert_same_weights(folder, small_folder)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(load(folder, variant="fp16")[1][:3]))
+    with pytest.raises(UserError, match=r"model\.ema\.safetensors: no such file; .* pretrained\.variant=''"):
+        load(folder, variant="ema")
+
+
+def test_a_tensor_in_two_shards(folder):
+    shard(folder, "unet", "diffusion_pytorch_model")
+    first, second, _ = sorted((folder / "unet").glob("*.safetensors"))
+    save_file(load_file(first) | dict(list(load_file(second).items())[:1]), first)
+    with pytest.raises(UserError, match=r"is in diffusion_pytorch_model-00001-of-00003\.safetensors too"):
+        load(folder)
+
+
+def test_large_files_are_read_in_portions(small_folder, monkeypatch):
+    """Opened anew for each, so that no more of a file than that is in memory."""
+    expected, opened = load(small_folder)[1], []
+
+    def count(path, **options):
+        opened.append(path)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(model_folder, "MAPPED_BYTES", 2**12)
+    monkeypatch.setattr(model_folder, "safe_open", count)
+    jax.tree.map(np.testing.assert_array_equal, load(small_folder)[1][:3], expected[:3])
+    size = (small_folder / UNET_WEIGHTS).stat().st_size
+    assert opened.count(small_folder / UNET_WEIGHTS) > size // 2**13
+
+
+def test_names_and_shapes_are_checked_before_anything_is_read(folder, monkeypatch):
+    """The last part's fault is told before gigabytes of the first are read."""
+    edit(VAE_CONFIG, layers_per_block=2)(folder)
+    monkeypatch.setattr(model_folder, "_place", lambda *arguments: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match="is missing"):
+        load(folder)
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
@@ -194,30 +356,93 @@ def test_locate(small_folder, tmp_path, monkeypatch):
             locate(source)
 
 
+def test_a_single_file_is_refused_with_the_way_to_convert_it(tmp_path):
+    for name, hint in (
+        ("model.safetensors", "from_single_file"),
+        ("model.ckpt", "a pickle, which can run code"),
+        ("model.txt", "expected a model folder"),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError) as raised:
+            load(tmp_path / name)
+        assert str(tmp_path / name) in str(raised.value) and hint in str(raised.value)
+
+
 def test_locate_on_the_hub(tmp_path, monkeypatch):
     """Neither pickles nor the formats of other frameworks are asked for; a failure says the hub's reason."""
     asked = {}
 
-    def download(repository, *, allow_patterns):
-        asked[repository] = allow_patterns
+    def download(repository, *, revision, allow_patterns):
+        asked[repository] = allow_patterns, revision
         if repository == "some/thing":
             raise OSError("no network")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert locate("some/model") == tmp_path
-    assert all(pattern.endswith((".json", ".txt", ".safetensors")) for pattern in asked["some/model"])
+    patterns, revision = asked["some/model"]
+    assert all(pattern.endswith((".json", ".txt", ".safetensors")) for pattern in patterns)
+    assert revision is None
+
+    locate("some/other", hub_files=pipeline_files("fp16"), revision="abc")
+    patterns, revision = asked["some/other"]
+    assert revision == "abc"
+    wanted = (
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "text_encoder_2/model.fp16-00001-of-00002.safetensors",
+        "tokenizer_2/merges.txt",
+    )
+    unwanted = (
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.bin",
+        "sd_xl_base_1.0.safetensors",
+        "vae_1_0/diffusion_pytorch_model.fp16.safetensors",
+    )
+    for name in wanted + unwanted:
+        assert any(fnmatch(name, pattern) for pattern in patterns) == (name in wanted), name
     with pytest.raises(UserError, match=r"'some/thing'.*\(no network\)"):
         locate("some/thing")
 
 
-def test_stable_diffusion_15_has_its_size():
-    configs = stable_diffusion.Configs(text_config(sd15.TEXT), unet_config(sd15.UNET), vae_config(sd15.VAE))
+@pytest.mark.parametrize(("name", "latent"), [("sd15", 64), ("sd21", 96), ("sdxl", 128)])
+def test_the_published_families_have_their_sizes(name, latent, tmp_path):
+    family = families.FAMILIES[name]
+    for part, fields in family.parts.items():
+        write_json(tmp_path / part / "config.json", fields)
+    write_json(tmp_path / "model_index.json", {"_class_name": family.pipeline})
+    configs = stable_diffusion.read_configs(tmp_path)
+    assert configs == families.read_configs(name)
     shapes = stable_diffusion.parameter_shapes(configs)
-    assert {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()} == sd15.NUM_PARAMETERS
-    assert stable_diffusion.latent_shape(configs, None) == (64, 64, 4)
+    counts = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+    assert counts == family.num_parameters
+    assert stable_diffusion.latent_shape(configs, None) == (latent, latent, 4)
 
 
-def test_the_small_folder_is_what_it_says(small_folder):
-    configs = stable_diffusion.read_configs(small_folder)
-    assert configs == (text_config(TEXT), unet_config(UNET), vae_config(VAE))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_small_folders_are_what_they_say(tmp_path, family):
+    assert stable_diffusion.read_configs(write_folder(tmp_path, family)) == configs_of(family)
+
+
+XL_BROKEN = {
+    "a refiner's conditions": (
+        {"projection_class_embeddings_input_dim": 60},
+        "expected 68, 20 of the pooled text and 6",
+    ),
+    "no added conditions": (
+        {"addition_embed_type": None},
+        "StableDiffusionXLPipeline expects addition_embed_type='tex",
+    ),
+    "another width": ({"cross_attention_dim": 16}, "16 + 24 wide and unet/config.json expects cross_attention_dim=16"),
+    "no size of the ids": ({"addition_time_embed_dim": ...}, "'addition_time_embed_dim' is missing"),
+}
+
+
+@pytest.mark.parametrize(("changes", "what"), XL_BROKEN.values(), ids=XL_BROKEN)
+def test_broken_xl_folder(tmp_path, changes, what):
+    folder = write_folder(tmp_path, "xl")
+    fields = json.loads((folder / UNET_CONFIG).read_text()) | changes
+    write_json(folder / UNET_CONFIG, {name: value for name, value in fields.items() if value is not ...})
+    with pytest.raises(UserError) as raised:
+        load(folder)
+    assert UNET_CONFIG.split("/")[0] in str(raised.value) and what in str(raised.value)

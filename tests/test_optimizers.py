@@ -1,4 +1,4 @@
-"""AdamW as configured: what a step does, seen through the updates alone."""
+"""The optimizers as configured: what a step does, seen through the updates alone."""
 
 import jax
 import jax.numpy as jnp
@@ -6,24 +6,25 @@ import numpy as np
 import optax
 import pytest
 
+from ddpo_jax import optimizers
 from ddpo_jax.errors import UserError
-from ddpo_jax.optimizers import adamw
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]]), "bias": jnp.array([1.0, -1.0])}
 
 
-def make(**changed):
+def make(name="adamw", **changed):
     settings = {
         "learning_rate": 0.1,
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,
+        "moment_dtype": "float32",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "num_warmup_steps": 0,
         "num_decay_steps": 0,
     }
-    return adamw(**{**settings, **changed})
+    return optimizers.make(name, **{**settings, **changed})
 
 
 def gradient(seed, norm):
@@ -97,11 +98,12 @@ def test_weight_decay_pulls_to_0_apart_from_the_gradient():
     assert_equal(decayed, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_is_as_if_it_had_never_been(bad):
+def test_a_gradient_that_is_not_finite_is_as_if_it_had_never_been(bad, optimizer):
     good = [gradient(seed, 0.5) for seed in range(3)]
     broken = {**good[1], "bias": jnp.array([bad, 1.0])}
-    tx = make(weight_decay=0.01, num_warmup_steps=2)
+    tx = make(optimizer, weight_decay=0.01, num_warmup_steps=2)
     expected, state = updates_of(tx, good)
     found, skipped = updates_of(tx, [good[0], broken, broken, *good[1:]])
     for updates in found[1:3]:
@@ -110,6 +112,35 @@ def test_a_gradient_that_is_not_finite_is_as_if_it_had_never_been(bad):
     assert_equal(skipped.inner_state, state.inner_state, rtol=1e-6)
     assert (int(skipped.total_notfinite), int(skipped.notfinite_count)) == (2, 0)
     assert int(state.total_notfinite) == 0
+
+
+def test_first_moments_in_half_precision():
+    """Half the bytes of the first moments alone, and steps that differ by their rounding."""
+    gradients = [gradient(seed, 0.5) for seed in range(4)]
+    exact, state = updates_of(make(), gradients)
+    rounded, small = updates_of(make(moment_dtype="bfloat16"), gradients)
+    found = {str(leaf.dtype) for leaf in jax.tree.leaves(optax.tree.get(small, "mu"))}
+    assert found == {"bfloat16"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(small, "nu"))} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(state, "mu"))} == {np.dtype(np.float32)}
+    assert_equal(rounded, exact, rtol=0.02, atol=1e-3)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True))
+
+
+def test_adafactor_steps_by_the_sign_of_a_first_gradient():
+    """Nothing is known of its size yet: g / √g² times the rate, with decay beside it, as AdamW's."""
+    grads = gradient(0, 0.5)
+    (first,), _ = updates_of(make("adafactor", weight_decay=0.01), [grads])
+    assert_equal(first, jax.tree.map(lambda g, p: -0.1 * (jnp.sign(g) + 0.01 * p), grads, PARAMS), rtol=1e-3)
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_a_matrix():
+    params = {"kernel": jnp.ones((256, 512)), "bias": jnp.ones(512)}
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(make(name).init(params))) for name in ("adamw", "adafactor")
+    }
+    assert sizes["adamw"] > 2 * 256 * 512
+    assert sizes["adafactor"] < 2 * (256 + 512 + 512)
 
 
 def test_gradients_that_are_never_finite_are_never_applied():
@@ -134,6 +165,8 @@ def test_gradients_that_are_never_finite_are_never_applied():
         ({"num_warmup_steps": 5, "num_decay_steps": 5}, r"train\.num_decay_steps=5: .* num_warmup_steps=5"),
         ({"b1": 1.0}, r"train\.adam_beta1=1\.0"),
         ({"b2": -0.1}, r"train\.adam_beta2=-0\.1"),
+        ({"moment_dtype": "float16"}, r"train\.adam_moment_dtype='float16': expected one of float32, bfloat16"),
+        ({"name": "sgd"}, r"train\.optimizer='sgd': expected 'adamw' or 'adafactor'"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(settings, message):

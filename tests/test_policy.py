@@ -7,6 +7,7 @@ import pytest
 
 from ddpo_jax import process
 from ddpo_jax.errors import UserError
+from ddpo_jax.finetune import full
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.types import Frozen, Gaussian, Model
 
@@ -28,9 +29,14 @@ def linear(params, x_t, t, cond):
     return params["gain"] * x_t + cond["bias"] + 1e-4 * t[:, None, None, None]
 
 
+def encode_text(params, tokens):
+    return {"bias": (params * tokens.sum(1))[:, None, None, None]}
+
+
 def make_model(predict=linear, **schedule):
     return Model(
-        encode_text=lambda params, tokens: {"bias": (params * tokens.sum(1))[:, None, None, None]},
+        encode_text=encode_text,
+        encode_empty=encode_text,
         predict=predict,
         encode=lambda params, images, keys: images,
         decode=lambda params, x_0: jax.nn.sigmoid(params * jnp.concatenate([x_0, x_0[..., :1]], axis=-1)),
@@ -295,12 +301,25 @@ def test_sampler_encodes_rolls_out_and_decodes():
     policy = policy_of(model, guidance_scale=2.0)
     frozen = Frozen(text=jnp.float32(0.01), denoiser=None, vae=jnp.float32(2.0), uncond=UNCOND, reward=None)
     tokens, keys = jnp.arange(9).reshape(3, 3), sample_keys(jax.random.key(0), 0, 3)
-    cond, trajectory, images = make_sampler(model, policy)(PARAMS, frozen, tokens, keys)
+    cond, trajectory, images = make_sampler(model, policy, full().merge)(PARAMS, frozen, tokens, keys)
     np.testing.assert_allclose(cond["bias"][:, 0, 0, 0], [0.03, 0.12, 0.21], rtol=1e-6)
     np.testing.assert_allclose(
         trajectory.x, jax.jit(policy.rollout)(PARAMS, cond, UNCOND, keys).x, rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(images, model.decode(frozen.vae, trajectory.x[:, -1]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_decoding_in_chunks_draws_the_same_pictures(size):
+    model = make_model()
+    policy = policy_of(model)
+    frozen = Frozen(text=jnp.float32(0.01), denoiser=None, vae=jnp.float32(2.0), uncond=UNCOND, reward=None)
+    tokens, keys = jnp.arange(15).reshape(5, 3), sample_keys(jax.random.key(0), 0, 5)
+    whole, chunked = (
+        make_sampler(model, policy, full().merge, decode_chunk_size=count)(PARAMS, frozen, tokens, keys)[2]
+        for count in (0, size)
+    )
+    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

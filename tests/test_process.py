@@ -110,7 +110,6 @@ def test_trained_betas_come_first():
         ({"beta_schedule": "sigmoid"}, r"beta_schedule 'sigmoid' is unknown: .*'linear', 'scaled_linear', 'squaredcos"),
         ({"prediction_type": "sample"}, r"prediction_type 'sample' is unknown: .*'epsilon', 'v_prediction'"),
         ({"timestep_spacing": "karras"}, r"timestep_spacing 'karras' is unknown: .*'leading', 'trailing', 'linspace'"),
-        ({"clip_sample": True}, "clip_sample true is not supported"),
         ({"thresholding": True}, "thresholding true is not supported"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr true is not supported"),
         ({"trained_betas": [0.1, 0.2]}, r"shape \(2,\): expected num_train_timesteps = 1000"),
@@ -311,3 +310,23 @@ def test_two_programs_agree_on_the_log_prob(shape):
     for i in range(b):
         again = update(x_t[order, i], x_next[order, i], ts[:-1][order], ts[1:][order])
         assert np.max(np.abs(np.expm1(again - log_prob[order, i]))) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "clip_range"),
+    [
+        ({}, None),
+        ({"clip_sample": True}, 1.0),
+        ({"clip_sample": True, "clip_sample_range": 2.0}, 2.0),
+        ({"clip_sample": None, "_class_name": "DDIMScheduler"}, None),
+    ],
+)
+def test_clipping_is_as_the_folder_says(changes, clip_range):
+    assert process.noise_schedule(STABLE_DIFFUSION | changes).clip_range == clip_range
+
+
+def test_clipping_where_the_folder_says_nothing():
+    """diffusers' DDIMScheduler clips then; others do not know of it."""
+    silent = {name: value for name, value in STABLE_DIFFUSION.items() if name != "clip_sample"}
+    assert process.noise_schedule(silent | {"_class_name": "DDIMScheduler"}).clip_range == 1.0
+    assert process.noise_schedule(silent | {"_class_name": "EulerDiscreteScheduler"}).clip_range is None

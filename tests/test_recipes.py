@@ -18,7 +18,8 @@ from ddpo_jax.config import parse, run_name
 from ddpo_jax.data import prompt_source
 from ddpo_jax.main import main
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.stable_diffusion import Pretrained
+from ddpo_jax.models.stable_diffusion import Pretrained, Source
+from ddpo_jax.models.tokenizer import load_tokenizer
 from ddpo_jax.settings import make_advantages
 from ddpo_jax.tiny.tokenizer import VOCAB_SIZE
 from ddpo_jax.types import Model
@@ -65,8 +66,8 @@ CHANNELS = 4
 LATENT = (4, 4, CHANNELS)
 
 
-def make_load(folder):
-    """A stand-in for `stable_diffusion.load`, whatever it is asked for; `folder` gives the tokenizer and the rest."""
+def stand_in(folder):
+    """What `stable_diffusion.load` gives, of two kernels; `folder` gives the tokenizer and the rest."""
     rng = np.random.default_rng(0)
 
     def kernel(rows):
@@ -84,15 +85,22 @@ def make_load(folder):
         return jax.nn.sigmoid(jnp.repeat(jnp.repeat(x_0[..., :3], 4, axis=1), 4, axis=2))
 
     noise = process.ddim(process.noise_schedule(SCHEDULER))
-    model = Model(lambda params, tokens: params[tokens], predict, encode, decode, noise, LATENT)
+
+    def encode_text(params, tokens):
+        return params[tokens]
+
+    model = Model(encode_text, encode_text, predict, encode, decode, noise, LATENT)
     denoiser = {"attn1": {"to_q": {"kernel": kernel(CHANNELS)}}, "attn2": {"to_k": {"kernel": kernel(CHANNELS)}}}
-    pretrained = Pretrained(text=kernel(VOCAB_SIZE), denoiser=denoiser, vae={}, folder=folder)
-    return lambda source, *, dtype, resolution, remat: (model, pretrained)
+    tokenizers = (load_tokenizer(folder / "tokenizer"),)
+    pretrained = Pretrained(kernel(VOCAB_SIZE), denoiser, {}, tokenizers, Source(folder, ""))
+    return model, pretrained
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(stable_diffusion, "load", make_load(small_folder))
+    model, pretrained = stand_in(small_folder)
+    monkeypatch.setattr(stable_diffusion, "load", lambda source, **settings: (model, pretrained))
+    monkeypatch.setattr(stable_diffusion, "read_denoiser", lambda source: pretrained.denoiser)
     config, workdir = load(recipe), tmp_path / run_name(recipe)
     changes = {
         **SHRUNK,

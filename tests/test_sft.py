@@ -55,11 +55,11 @@ def test_a_batch_is_pure_in_seed_and_epoch(run, batch):
 
 def test_dropped_captions_are_those_of_the_empty_prompt(run, batch):
     tokens = run.draw(0)[1].tokens
-    texts = np.asarray(jax.jit(run.parts.model.encode_text)(run.frozen.text, tokens))
-    empty = np.asarray(run.frozen.uncond)[0]
+    texts = np.asarray(jax.jit(run.parts.model.encode_text)(run.frozen.text, tokens).context)
+    empty = np.asarray(run.frozen.uncond.context)[0]
     near = {
-        "text": [np.allclose(row, text, atol=1e-5) for row, text in zip(batch.cond, texts, strict=True)],
-        "empty": [np.array_equal(row, empty) for row in np.asarray(batch.cond)],
+        "text": [np.allclose(row, text, atol=1e-5) for row, text in zip(batch.cond.context, texts, strict=True)],
+        "empty": [np.array_equal(row, empty) for row in np.asarray(batch.cond.context)],
     }
     assert all(a != b for a, b in zip(near["text"], near["empty"], strict=True))
     assert 2 <= sum(near["empty"]) <= 10

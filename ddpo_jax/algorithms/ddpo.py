@@ -126,11 +126,11 @@ def _algorithm(
     reads_reference = kl_weight > 0 or kl_budget > 0
 
     def collect(
-        params: PyTree, frozen: Frozen, prompts: Prompts, carry: PyTree, key: Key[Array, ""]
+        trainable: PyTree, frozen: Frozen, prompts: Prompts, carry: PyTree, key: Key[Array, ""]
     ) -> tuple[Rollouts, PyTree, dict[str, float | int]]:
         (cond, trajectory), scores = scored_rollouts(
             parts,
-            params,
+            trainable,
             frozen,
             prompts,
             key,

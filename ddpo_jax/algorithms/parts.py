@@ -27,7 +27,7 @@ class Parts(NamedTuple):
 
 def scored_rollouts(
     parts: Parts,
-    params: PyTree,
+    trainable: PyTree,
     frozen: Frozen,
     prompts: Prompts,
     key: Key[Any, ""],
@@ -47,7 +47,7 @@ def scored_rollouts(
         for first in range(0, count, size):
             chunk = rewards.take(prompts, np.minimum(np.arange(first, first + size), count - 1))
             keys, start_keys = sample_keys(key, first, size), sample_keys(key, first, size, group_size=group_size)
-            cond, trajectory, images = parts.sample(params, frozen, chunk.tokens, keys, start_keys)
+            cond, trajectory, images = parts.sample(trainable, frozen, chunk.tokens, keys, start_keys)
             pending.append(parts.reward.submit(frozen.reward, images, chunk))
             kept.append(keep(cond, trajectory, images))
             jax.block_until_ready(kept[-2:-1])  # the chunk before: one is always under way

@@ -48,7 +48,7 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
         return cond, parts.model.encode(frozen.vae, images, key_latent)
 
     def collect(
-        params: PyTree,
+        trainable: PyTree,
         frozen: Frozen,
         inputs: tuple[Float[np.ndarray, "b H W 3"], Prompts],
         carry: PyTree,

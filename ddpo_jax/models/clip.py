@@ -34,6 +34,7 @@ class TextConfig(NamedTuple):
     vocab_size: int
     max_length: int
     eos_token_id: int
+    projection_dim: int | None = None  # of CLIPTextModelWithProjection; None: the pooled state is not projected
 
 
 class VisionConfig(NamedTuple):
@@ -66,13 +67,17 @@ def tower_config(fields: Mapping[str, Any], *, heads: int) -> TowerConfig:
     return config
 
 
-def text_config(fields: Mapping[str, Any]) -> TextConfig:
-    """The TextConfig of a parsed text_encoder/config.json; absent fields have transformers' defaults."""
+def text_config(fields: Mapping[str, Any], *, projects: bool = False) -> TextConfig:
+    """The TextConfig of a parsed text_encoder/config.json; absent fields have transformers' defaults.
+
+    projects: whether it is a CLIPTextModelWithProjection's. Others name a projection_dim too, and have no projection.
+    """
     return TextConfig(
         tower=tower_config(fields, heads=8),
         vocab_size=fields.get("vocab_size", 49408),
         max_length=fields.get("max_position_embeddings", 77),
         eos_token_id=fields.get("eos_token_id", 49407),
+        projection_dim=fields.get("projection_dim", 512) if projects else None,
     )
 
 
@@ -130,10 +135,14 @@ class Transformer(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "1 1 s s"] | None = None) -> Float[Array, "b s d"]:
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "1 1 s s"] | None = None
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
+        """The states after the last layer, and before it."""
+        before = x
         for i in range(self.config.num_layers):
-            x = EncoderLayer(self.config, self.dtype, name=f"layers_{i}")(x, mask)
-        return x
+            before, x = x, EncoderLayer(self.config, self.dtype, name=f"layers_{i}")(x, mask)
+        return x, before
 
 
 class TextEmbeddings(nn.Module):
@@ -150,22 +159,34 @@ class TextEmbeddings(nn.Module):
         return words + positions[None]
 
 
+class TextStates(NamedTuple):
+    """What a text encoder makes of a text."""
+
+    last: Float[Array, "b s d"]  # after the last layer, normalised: what Stable Diffusion 1.x and 2.x attend to
+    penultimate: Float[Array, "b s d"]  # before the last layer, as it is: what XL attends to
+    pooled: Float[Array, "b p"]  # of `last` at the text's end, projected where there is a projection
+
+
 class CLIPTextModel(nn.Module):
-    """Hidden states of the last layer, normalised (what Stable Diffusion 1.x attends to), and the pooled one."""
+    """CLIPTextModel and, where its config has a projection_dim, CLIPTextModelWithProjection."""
 
     config: TextConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b d"]]:
+    def __call__(self, tokens: Int[Array, "b s"]) -> TextStates:
         config = self.config
         causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))[None, None]
         x = TextEmbeddings(config, self.dtype, name="embeddings")(tokens)
-        x = Transformer(config.tower, self.dtype, name="encoder")(x, causal)
-        x = layer_norm(config.tower.epsilon, self.dtype, "final_layer_norm")(x)
+        x, penultimate = Transformer(config.tower, self.dtype, name="encoder")(x, causal)
+        last = layer_norm(config.tower.epsilon, self.dtype, "final_layer_norm")(x)
         # Configs written before transformers 4.31 say eos_token_id=2, which is wrong: there the end is the largest id.
         ends = tokens if config.eos_token_id == 2 else tokens == config.eos_token_id
-        return x, jnp.take_along_axis(x, ends.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+        pooled = jnp.take_along_axis(last, ends.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+        if config.projection_dim is not None:
+            projection = nn.Dense(config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
+            pooled = projection(pooled)
+        return TextStates(last, penultimate, pooled)
 
 
 class VisionEmbeddings(nn.Module):
@@ -199,7 +220,7 @@ class CLIPVisionModel(nn.Module):
         tower = self.config.tower
         x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(pixels)
         x = layer_norm(tower.epsilon, self.dtype, "pre_layrnorm")(x)  # transformers' own spelling
-        x = Transformer(tower, self.dtype, name="encoder")(x)
+        x, _ = Transformer(tower, self.dtype, name="encoder")(x)
         return layer_norm(tower.epsilon, self.dtype, "post_layernorm")(x[:, 0])
 
 
@@ -218,7 +239,7 @@ class CLIPModel(nn.Module):
 
     def encode_text(self, tokens: Int[Array, "b s"]) -> Float[Array, "b d"]:
         """Unit embeddings of tokenised texts, in float32."""
-        return _unit(self.text_projection(self.text_model(tokens)[1]))
+        return _unit(self.text_projection(self.text_model(tokens).pooled))
 
     def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
         """Unit embeddings of resized and normalised images, in float32."""

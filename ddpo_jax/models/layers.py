@@ -43,7 +43,7 @@ def attend(
     num_heads: int,
     mask: Bool[Array, "1 1 q k"] | None = None,
 ) -> Float[Array, "b q d"]:
-    """Multi-head scaled dot-product attention; softmax in float32."""
+    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32."""
 
     def split(x):
         return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
@@ -141,18 +141,30 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, between two 1x1 convolutions, around a residual."""
+    """Transformer blocks over the pixels of a feature map, between two projections, around a residual.
+
+    The projections are 1x1 convolutions in Stable Diffusion 1.x and linear layers after it: one product, two shapes.
+    """
 
     num_heads: int
     num_groups: int
     num_blocks: int = 1
+    linear_projection: bool = False
     dtype: Dtype = jnp.float32
+    remat: bool = False  # recompute each transformer block in the backward pass
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
-        hidden = group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x)
-        hidden = conv(channels, 1, self.dtype, "proj_in")(hidden).reshape(batch, height * width, channels)
+        block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+
+        def project(name: str):
+            if self.linear_projection:
+                return nn.Dense(channels, dtype=self.dtype, name=name)
+            return conv(channels, 1, self.dtype, name)
+
+        hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
+        hidden = hidden.reshape(batch, height * width, channels)
         for i in range(self.num_blocks):
-            hidden = TransformerBlock(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
-        return x + conv(channels, 1, self.dtype, "proj_out")(hidden.reshape(x.shape))
+            hidden = block(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
+        return x + project("proj_out")(hidden.reshape(x.shape))

@@ -1,115 +1,296 @@
-"""Stable Diffusion from a diffusers folder: a Model of pure functions and its parameters."""
+"""Stable Diffusion 1.x, 2.x and XL from a diffusers folder: a Model of pure functions and its parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
+from transformers import CLIPTokenizer
 
 from ddpo_jax import process
+from ddpo_jax.convert import leaf_path
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.clip import CLIPTextModel, TextConfig, text_config
-from ddpo_jax.models.folder import WEIGHTS, locate, read_json, read_weights
-from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig, unet_config
+from ddpo_jax.models.folder import (
+    STEMS,
+    check_weights,
+    locate,
+    on_host,
+    pipeline_files,
+    read_json,
+    read_weights,
+    weight_files,
+)
+from ddpo_jax.models.tokenizer import load_tokenizer, tokenize_all
+from ddpo_jax.models.unet import NUM_TIME_IDS, REMAT, UNet2DConditionModel, UNetConfig, unet_config
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig, vae_config
-from ddpo_jax.types import Model, PyTree
+from ddpo_jax.types import Condition, Frozen, Model, PyTree
 
-TEXT_PREFIX = "text_model."  # transformers 4 writes it, transformers 5 does not; exports carry it
+TEXT_PREFIX = "text_model."  # transformers 4 writes it everywhere, transformers 5 only beside a projection
 
-CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+
+class Pipeline(NamedTuple):
+    """What a diffusers pipeline class is made of, beside a UNet and a VAE."""
+
+    text_encoders: Mapping[str, str]  # folder -> class, in the order in which their contexts are joined
+    addition: str | None  # the UNet's addition_embed_type
+    mends_scheduler: bool  # whether the class sets steps_offset 1 and clip_sample false, whatever the folder says
+
+
+PIPELINES = {
+    "StableDiffusionPipeline": Pipeline({"text_encoder": "CLIPTextModel"}, None, True),
+    "StableDiffusionXLPipeline": Pipeline(
+        {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}, "text_time", False
+    ),
+}
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+class Source(NamedTuple):
+    """Where a model was read from."""
+
+    folder: Path
+    variant: str
 
 
 class Pretrained(NamedTuple):
-    """Parameters as host arrays: the denoiser in float32, the frozen parts in the compute dtype."""
+    """Parameters on the first device, stored as `storage` says."""
 
-    text: PyTree
+    text: dict[str, PyTree]  # one tree a text encoder, by its folder's name
     denoiser: PyTree
     vae: PyTree
-    folder: Path
+    tokenizers: tuple[CLIPTokenizer, ...]  # one a text encoder
+    source: Source
 
 
 class Configs(NamedTuple):
-    text: TextConfig
+    """What a folder's JSON files say of its networks."""
+
+    pipeline: str  # a key of PIPELINES
+    text: dict[str, TextConfig]
     unet: UNetConfig
     vae: VAEConfig
+    zero_uncond: bool  # whether guidance leads away from zeros, not from the empty prompt
+
+
+def nothing(path: str) -> bool:
+    return False
 
 
 def load(
-    source: str, *, dtype: DTypeLike, resolution: int | None = None, remat: bool = False
+    model: str,
+    *,
+    dtype: DTypeLike,
+    resolution: int | None = None,
+    remat: str = "none",
+    variant: str = "",
+    revision: str = "",
+    exact: Callable[[str], bool] = nothing,
 ) -> tuple[Model, Pretrained]:
     """The Model and parameters of a diffusers folder (`tiny`, a path or a hub id).
 
-    `dtype` is what the networks compute in; `resolution` is in pixels, the folder's own if None; `remat` recomputes the
-    denoiser's blocks in the backward pass.
+    dtype: what the networks compute in. The VAE computes in float32 where its config asks for it (`force_upcast`).
+    resolution: pixels, one side; the folder's own if None.
+    remat: what the denoiser's backward pass keeps, one of unet.REMAT.
+    variant: of the weights, such as "fp16".  revision: of a hub id.
+    exact: the denoiser's parameters, by path, that are stored in float32 whatever `dtype` is.
 
     Raises:
-        UserError: something is missing, broken, or not Stable Diffusion 1.x; the message names the file.
+        UserError: something is missing, broken, or not Stable Diffusion; the message names the file.
     """
-    folder = locate(source)
+    if remat not in REMAT:
+        raise UserError(f"train.remat={remat!r}: expected one of {', '.join(REMAT)}")
+    folder = locate(model, hub_files=pipeline_files(variant), revision=revision)
     configs = read_configs(folder)
-    scheduler = process.noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
-    model = make_model(configs, process.ddim(scheduler), dtype=dtype, resolution=resolution, remat=remat)
+    noise = process.ddim(read_schedule(folder, configs.pipeline))
+    functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat)
+    tokenizers = read_tokenizers(folder, configs)
+    vae_dtype = jnp.float32 if configs.vae.force_upcast else dtype
     shapes = parameter_shapes(configs)
-
-    def read(part: str, part_dtype: DTypeLike, prefix: str = "") -> PyTree:
-        return read_weights(folder / part / WEIGHTS[part], shapes[part], dtype=part_dtype, prefix=prefix)
-
-    return model, Pretrained(
-        text=read("text_encoder", dtype, TEXT_PREFIX),
-        denoiser=read("unet", jnp.float32),
-        vae=read("vae", dtype),
-        folder=folder,
+    like = {part: storage(shapes[part], vae_dtype if part == "vae" else dtype) for part in shapes}
+    like["unet"] = storage(shapes["unet"], dtype, exact=exact)
+    files = {part: weight_files(folder / part, STEMS[part], variant) for part in like}
+    prefixes = {part: TEXT_PREFIX if part in configs.text else "" for part in like}
+    for part in like:  # of all, before gigabytes of the first are read
+        check_weights(files[part], like[part], prefix=prefixes[part])
+    params = {part: read_weights(files[part], like[part], prefix=prefixes[part]) for part in like}
+    return functions, Pretrained(
+        text={part: params[part] for part in configs.text},
+        denoiser=params["unet"],
+        vae=params["vae"],
+        tokenizers=tokenizers,
+        source=Source(folder, variant),
     )
 
 
+def freeze(model: Model, pretrained: Pretrained, *, reward: PyTree = ()) -> Frozen:
+    """All that training reads and never changes; `reward` are the reward's parameters."""
+    empty = jnp.asarray(tokenize_all(pretrained.tokenizers, [""]))
+    uncond = jax.jit(model.encode_empty)(pretrained.text, empty)
+    return Frozen(pretrained.text, pretrained.denoiser, pretrained.vae, uncond, reward)
+
+
+def read_denoiser(source: Source) -> PyTree:
+    """The denoiser's parameters as they are in the files, in float32 on the host."""
+    shapes = parameter_shapes(read_configs(source.folder))["unet"]
+    return read_weights(weight_files(source.folder / "unet", STEMS["unet"], source.variant), shapes, put=on_host)
+
+
 def read_configs(folder: Path) -> Configs:
-    """The networks' configurations, read from the folder's own JSON files."""
-    pipeline = read_json(folder / "model_index.json").get("_class_name")
-    if pipeline != "StableDiffusionPipeline":
-        raise UserError(f"{folder}/model_index.json: {pipeline!r} is not supported; expected StableDiffusionPipeline")
-    fields = {part: read_json(folder / part / "config.json") for part in CLASSES}
-    for part, name in CLASSES.items():
-        found = fields[part].get("_class_name") or (fields[part].get("architectures") or [name])[0]
-        if found != name:
-            raise UserError(f"{folder}/{part}/config.json: class {found!r} is not supported; expected {name}")
+    """The networks' configurations, read from the folder's own JSON files.
+
+    Raises:
+        UserError: one is missing, or describes another network, or they do not fit together.
+    """
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise UserError(
+            f"{folder}/model_index.json: {name!r} is not supported; expected {' or '.join(PIPELINES)}"
+            " (of an inpainting, image-to-image or distilled model, give the base model's folder)"
+        )
+    pipeline = PIPELINES[name]
+    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **pipeline.text_encoders}
+    fields = {part: read_json(folder / part / "config.json") for part in classes}
+    for part, expected in classes.items():
+        found = fields[part].get("_class_name") or (fields[part].get("architectures") or [expected])[0]
+        if found != expected:
+            raise UserError(f"{folder}/{part}/config.json: class {found!r} is not supported; expected {expected}")
     try:
-        configs = Configs(text_config(fields["text_encoder"]), unet_config(fields["unet"]), vae_config(fields["vae"]))
-    except KeyError as error:
-        raise UserError(f"{folder}: a config.json lacks the field {error}") from None
-    if configs.text.tower.width != configs.unet.cross_attention_dim:
-        raise UserError(
-            f"{folder}: the text encoder is {configs.text.tower.width} wide and unet/config.json expects"
-            f" cross_attention_dim={configs.unet.cross_attention_dim}"
+        configs = Configs(
+            pipeline=name,
+            text={
+                part: _of(part, lambda part=part, kind=kind: text_config(fields[part], projects="Projection" in kind))
+                for part, kind in pipeline.text_encoders.items()
+            },
+            unet=_of("unet", lambda: unet_config(fields["unet"])),
+            vae=_of("vae", lambda: vae_config(fields["vae"])),
+            zero_uncond=pipeline.addition is not None and index.get("force_zeros_for_empty_prompt", True),
         )
-    if {configs.unet.in_channels, configs.unet.out_channels} != {configs.vae.latent_channels}:
-        raise UserError(
-            f"{folder}: unet/config.json has in_channels={configs.unet.in_channels} and"
-            f" out_channels={configs.unet.out_channels}; expected the VAE's latent_channels="
-            f"{configs.vae.latent_channels} for both (inpainting and depth models are not supported)"
-        )
+    except UserError as error:
+        raise UserError(f"{folder}/{error}") from None
+    _check_fit(folder, configs)
     return configs
 
 
+def _of(part: str, parse: Callable) -> Any:
+    try:
+        return parse()
+    except KeyError as error:
+        raise UserError(f"{part}/config.json: the field {error} is missing; copy the file anew") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{part}/config.json: a field has a value of another kind ({error})") from None
+
+
+def read_tokenizers(folder: Path, configs: Configs) -> tuple[CLIPTokenizer, ...]:
+    """The tokenizer of each text encoder.
+
+    Raises:
+        UserError: one is missing or broken, or makes tokens that its text encoder does not know.
+    """
+    tokenizers = []
+    for part, config in configs.text.items():
+        path = folder / TOKENIZERS[part]
+        tokenizer = load_tokenizer(path)
+        length, vocab_size = tokenizer.model_max_length, len(tokenizer)
+        if length > config.max_length or vocab_size > config.vocab_size:
+            raise UserError(
+                f"{path}: the tokenizer makes up to {length} tokens out of {vocab_size}, but {part}/config.json reads"
+                f" {config.max_length} out of {config.vocab_size}; copy the tokenizer anew"
+            )
+        tokenizers.append(tokenizer)
+    if len({tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
+        raise UserError(f"{folder}: the tokenizers make different numbers of tokens; copy both folders anew")
+    return tuple(tokenizers)
+
+
+def _check_fit(folder: Path, configs: Configs) -> None:
+    """Raises UserError where the networks do not fit together."""
+    unet, widths = configs.unet, [config.tower.width for config in configs.text.values()]
+    if sum(widths) != unet.cross_attention_dim:
+        raise UserError(
+            f"{folder}: the text encoder is {' + '.join(map(str, widths))} wide and unet/config.json expects"
+            f" cross_attention_dim={unet.cross_attention_dim}"
+        )
+    if {unet.in_channels, unet.out_channels} != {configs.vae.latent_channels}:
+        raise UserError(
+            f"{folder}: unet/config.json has in_channels={unet.in_channels} and"
+            f" out_channels={unet.out_channels}; expected the VAE's latent_channels="
+            f"{configs.vae.latent_channels} for both (inpainting and depth models are not supported)"
+        )
+    addition = PIPELINES[configs.pipeline].addition
+    if (unet.time_id_size is not None) != (addition is not None):
+        raise UserError(f"{folder}/unet/config.json: {configs.pipeline} expects addition_embed_type={addition!r}")
+    if addition:
+        pooled = list(configs.text.values())[-1].projection_dim
+        expected = pooled + NUM_TIME_IDS * unet.time_id_size
+        if unet.added_size != expected:
+            raise UserError(
+                f"{folder}/unet/config.json: projection_class_embeddings_input_dim={unet.added_size}; expected"
+                f" {expected}, {pooled} of the pooled text and {NUM_TIME_IDS} time ids of {unet.time_id_size}"
+                " (refiners are not supported)"
+            )
+
+
+def read_schedule(folder: Path, pipeline: str) -> process.NoiseSchedule:
+    """The noise schedule of the scheduler that a folder names, whichever it is, as its pipeline class reads it.
+
+    Raises:
+        UserError: the file is missing, or DDIM cannot sample what it describes.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return process.noise_schedule(schedule_fields(folder, pipeline))
+    except UserError as error:
+        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+
+def schedule_fields(folder: Path, pipeline: str) -> dict[str, Any]:
+    """scheduler_config.json, with what the pipeline class changes in it before it samples."""
+    fields = read_json(folder / "scheduler" / "scheduler_config.json")
+    # diffusers' StableDiffusionPipeline takes other values for those of folders older than the fields.
+    return fields | ({"clip_sample": False, "steps_offset": 1} if PIPELINES[pipeline].mends_scheduler else {})
+
+
 def make_model(
-    configs: Configs, noise: process.Process, *, dtype: DTypeLike, resolution: int | None, remat: bool = False
+    configs: Configs, noise: process.Process, *, dtype: DTypeLike, resolution: int | None, remat: str = "none"
 ) -> Model:
     """The pure functions of a Stable Diffusion with these configurations."""
-    text = CLIPTextModel(configs.text, dtype)
+    encoders = {part: CLIPTextModel(config, dtype) for part, config in configs.text.items()}
     unet = UNet2DConditionModel(configs.unet, dtype, remat)
-    vae = AutoencoderKL(configs.vae, dtype)
+    vae = AutoencoderKL(configs.vae, jnp.float32 if configs.vae.force_upcast else dtype)
     scale = configs.vae.scaling_factor
+    shape = latent_shape(configs, resolution)
+    side = shape[0] * configs.vae.reduction
 
-    def encode_text(params: PyTree, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        return text.apply({"params": params}, tokens)[0]
+    def encode_text(params: PyTree, tokens: Int[Array, "b s"]) -> Condition:
+        parts = jnp.split(tokens, len(encoders), axis=1)
+        states = [
+            encoder.apply({"params": params[part]}, own)
+            for (part, encoder), own in zip(encoders.items(), parts, strict=True)
+        ]
+        if configs.unet.time_id_size is None:
+            return Condition(states[0].last)
+        # Micro-conditioning: a picture that was neither resized nor cropped (Podell et al. 2023, Sec. 2.2).
+        time_ids = jnp.array([side, side, 0, 0, side, side], jnp.float32)
+        context = jnp.concatenate([state.penultimate for state in states], axis=-1)
+        return Condition(context, states[-1].pooled, jnp.broadcast_to(time_ids, (len(tokens), NUM_TIME_IDS)))
+
+    def encode_empty(params: PyTree, tokens: Int[Array, "1 s"]) -> Condition:
+        cond = encode_text(params, tokens)
+        if not configs.zero_uncond:
+            return cond
+        return cond._replace(context=jnp.zeros_like(cond.context), pooled=jnp.zeros_like(cond.pooled))
 
     def predict(
-        params: PyTree, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Float[Array, "b s d"]
+        params: PyTree, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Condition
     ) -> Float[Array, "b h w c"]:
-        return unet.apply({"params": params}, x_t, t, cond).astype(jnp.float32)
+        return unet.apply({"params": params}, x_t, t, *cond).astype(jnp.float32)
 
     def encode(params: PyTree, images: Float[Array, "b H W 3"], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
         mean, log_variance = vae.apply({"params": params}, 2.0 * images - 1.0, method="encode")
@@ -120,7 +301,7 @@ def make_model(
         pixels = vae.apply({"params": params}, x_0 / scale, method="decode")
         return jnp.clip(0.5 * pixels + 0.5, 0.0, 1.0)
 
-    return Model(encode_text, predict, encode, decode, noise, latent_shape(configs, resolution))
+    return Model(encode_text, encode_empty, predict, encode, decode, noise, shape)
 
 
 def latent_shape(configs: Configs, resolution: int | None) -> tuple[int, int, int]:
@@ -134,18 +315,44 @@ def latent_shape(configs: Configs, resolution: int | None) -> tuple[int, int, in
 
 
 def parameter_shapes(configs: Configs) -> dict[str, PyTree]:
-    """The parameter trees of the three networks, as shapes."""
-    key, t = jax.random.key(0), jnp.zeros(1)
-    side = 2 ** (len(configs.unet.block_out_channels) - 1)
-    latent = jnp.zeros((1, side, side, configs.unet.in_channels))
-    context = jnp.zeros((1, 1, configs.unet.cross_attention_dim))
+    """The parameter trees of the networks, as float32 shapes, by the name of their folder."""
+    key, t, unet = jax.random.key(0), jnp.zeros(1), configs.unet
+    side = 2 ** (len(unet.block_out_channels) - 1)
+    latent = jnp.zeros((1, side, side, unet.in_channels))
+    cond = Condition(jnp.zeros((1, 1, unet.cross_attention_dim)))
+    if unet.time_id_size is not None:
+        time_ids = jnp.zeros((1, NUM_TIME_IDS))
+        cond = Condition(cond.context, jnp.zeros((1, unet.added_size - time_ids.size * unet.time_id_size)), time_ids)
     pixels = jnp.zeros((1, configs.vae.reduction, configs.vae.reduction, 3))
 
     def shapes(module, *inputs) -> PyTree:
         return jax.eval_shape(module.init, key, *inputs)["params"]
 
     return {
-        "text_encoder": shapes(CLIPTextModel(configs.text), jnp.zeros((1, configs.text.max_length), jnp.int32)),
-        "unet": shapes(UNet2DConditionModel(configs.unet), latent, t, context),
+        **{
+            part: shapes(CLIPTextModel(config), jnp.zeros((1, config.max_length), jnp.int32))
+            for part, config in configs.text.items()
+        },
+        "unet": shapes(UNet2DConditionModel(unet), latent, t, *cond),
         "vae": shapes(AutoencoderKL(configs.vae), pixels),
     }
+
+
+def storage(shapes: PyTree, dtype: DTypeLike, *, exact: Callable[[str], bool] = nothing) -> PyTree:
+    """`shapes` in the dtypes that parameters are kept in: kernels and embeddings in `dtype`, all else in float32.
+
+    A network multiplies by its kernels in `dtype` wherever they come from, so that this loses nothing; the scales and
+    shifts of norms are applied in float32, and are small. `exact` names kernels to keep in float32, by their path:
+    those that something small is added to.
+    """
+
+    def stored(path, leaf):
+        kept = len(leaf.shape) < 2 or exact("/".join(leaf_path(path)))
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if kept else dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, shapes)
+
+
+def text_name(name: str) -> str:
+    """The name of a text encoder's tensor that old and new diffusers load."""
+    return name if name.startswith("text_projection") else TEXT_PREFIX + name

@@ -49,6 +49,11 @@ def _check_whole(vocab: Path, merges: Path) -> None:
         raise UserError(f"{merges}: {num_merges} merges; {vocab.name} expects {num_entries - 514}. Copy the file anew")
 
 
+def tokenize_all(tokenizers: Sequence[CLIPTokenizer], texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
+    """The token ids of each tokenizer, one after the other, as Model.encode_text takes them."""
+    return np.concatenate([tokenize(tokenizer, texts) for tokenizer in tokenizers], axis=1)
+
+
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
     """Token ids, cut and padded to the tokenizer's own length (77 for Stable Diffusion)."""
     encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)

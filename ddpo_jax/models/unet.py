@@ -1,4 +1,4 @@
-"""The denoiser: diffusers' UNet2DConditionModel in the configuration space of Stable Diffusion 1.x."""
+"""The denoiser: diffusers' UNet2DConditionModel in the configuration space of Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -19,12 +20,14 @@ UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 # Fields of unet/config.json that change the network, with the only value that this network has.
 FIXED = {
     "act_fn": ("silu",),
-    "addition_embed_type": (None,),
+    "attention_type": ("default",),
     "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
     "center_input_sample": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -35,15 +38,20 @@ FIXED = {
     "resnet_out_scale_factor": (1, 1.0),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
     "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,),
-    "upcast_attention": (False,),
-    "use_linear_projection": (False,),
+    "upcast_attention": (False, True, None),  # in float32 either way
 }
+
+ADDITION_EMBED_TYPES = (None, "text_time")
+NUM_TIME_IDS = 6  # of text_time: original height and width, top and left of the crop, target height and width
+
+# What the backward pass keeps of the forward pass, from everything to next to nothing; the rest is computed again.
+REMAT = ("none", "products", "blocks", "full")
 
 
 class UNetConfig(NamedTuple):
@@ -55,6 +63,7 @@ class UNetConfig(NamedTuple):
     block_out_channels: tuple[int, ...]
     layers_per_block: tuple[int, ...]
     num_heads: tuple[int, ...]
+    num_transformer_blocks: tuple[int, ...]
     down_attends: tuple[bool, ...]
     up_attends: tuple[bool, ...]
     cross_attention_dim: int
@@ -62,6 +71,9 @@ class UNetConfig(NamedTuple):
     epsilon: float
     flip_sin_to_cos: bool
     freq_shift: float
+    linear_projection: bool
+    time_id_size: int | None  # features of each of text_time's six ids; None: conditioned on the context alone
+    added_size: int  # of the pooled text and the ids together
 
 
 def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
@@ -74,8 +86,13 @@ def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
         if fields.get(field, allowed[0]) not in allowed:
             raise UserError(
                 f"unet/config.json: {field}={fields[field]!r} is not supported; expected {allowed[0]!r}"
-                " (the Stable Diffusion 1.x family)"
+                " (Stable Diffusion 1.x, 2.x and XL base)"
             )
+    addition = fields.get("addition_embed_type")
+    if addition not in ADDITION_EMBED_TYPES:
+        raise UserError(
+            f"unet/config.json: addition_embed_type={addition!r} is not supported; expected null or 'text_time'"
+        )
     channels = tuple(fields["block_out_channels"])
     # diffusers' quirk: SD 1.x writes the *number* of heads under attention_head_dim.
     heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
@@ -100,6 +117,7 @@ def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
         block_out_channels=channels,
         layers_per_block=_each(fields.get("layers_per_block", 2), len(channels)),
         num_heads=_each(heads, len(channels)),
+        num_transformer_blocks=_each(fields.get("transformer_layers_per_block", 1), len(channels)),
         down_attends=down,
         up_attends=up,
         cross_attention_dim=fields["cross_attention_dim"],
@@ -107,9 +125,13 @@ def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
         epsilon=fields.get("norm_eps", 1e-5),
         flip_sin_to_cos=fields.get("flip_sin_to_cos", True),
         freq_shift=float(fields.get("freq_shift", 0)),
+        linear_projection=fields.get("use_linear_projection", False),
+        time_id_size=fields["addition_time_embed_dim"] if addition else None,
+        added_size=fields["projection_class_embeddings_input_dim"] if addition else 0,
     )
     for i, (width, count) in enumerate(zip(channels, config.num_heads, strict=True)):
-        if width % config.num_groups or (width % count and (down[i] or up[-1 - i])):
+        attends = down[i] or up[-1 - i] or i == len(channels) - 1
+        if width % config.num_groups or (attends and width % count):
             raise UserError(
                 f"unet/config.json: block_out_channels[{i}]={width} must be divisible by norm_num_groups="
                 f"{config.num_groups} and by the number of heads {count}"
@@ -117,10 +139,12 @@ def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
     return config
 
 
-def _each(value: int | list[int], count: int) -> tuple[int, ...]:
+def _each(value: Any, count: int) -> tuple[int, ...]:
     values = (value,) * count if isinstance(value, int) else tuple(value)
     if len(values) != count:
         raise UserError(f"unet/config.json: {list(values)} has {len(values)} entries; expected {count}, one a block")
+    if not all(isinstance(entry, int) and entry > 0 for entry in values):
+        raise UserError(f"unet/config.json: {list(values)}: expected one positive whole number a block")
     return values
 
 
@@ -153,28 +177,51 @@ class Downsample(nn.Module):
         return conv(x.shape[-1], 3, self.dtype, "conv", stride=2)(x)
 
 
-class DownBlock(nn.Module):
-    """Residual blocks (each followed by attention where it attends), then halving; returns every map for the skips."""
+class BlockConfig(NamedTuple):
+    """What the layers of one block share."""
 
     features: int
     num_layers: int
     num_heads: int
+    num_transformer_blocks: int
     attends: bool
+    linear_projection: bool
+    num_groups: int
+    epsilon: float
+    remat: bool  # recompute each layer in the backward pass
+
+
+def _resnet(config: BlockConfig, dtype: Dtype, i: int) -> nn.Module:
+    kind = nn.remat(ResnetBlock) if config.remat else ResnetBlock
+    return kind(config.features, config.num_groups, config.epsilon, dtype, name=f"resnets_{i}")
+
+
+def _transformer(config: BlockConfig, dtype: Dtype, i: int) -> nn.Module:
+    return SpatialTransformer(
+        config.num_heads,
+        config.num_groups,
+        config.num_transformer_blocks,
+        config.linear_projection,
+        dtype,
+        config.remat,
+        name=f"attentions_{i}",
+    )
+
+
+class DownBlock(nn.Module):
+    """Residual blocks (each followed by attention where it attends), then halving; returns every map for the skips."""
+
+    config: BlockConfig
     downsample: bool
-    config: UNetConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, time_embedding, context):
         config, skips = self.config, []
-        for i in range(self.num_layers):
-            x = ResnetBlock(self.features, config.num_groups, config.epsilon, self.dtype, name=f"resnets_{i}")(
-                x, time_embedding
-            )
-            if self.attends:
-                x = SpatialTransformer(self.num_heads, config.num_groups, dtype=self.dtype, name=f"attentions_{i}")(
-                    x, context
-                )
+        for i in range(config.num_layers):
+            x = _resnet(config, self.dtype, i)(x, time_embedding)
+            if config.attends:
+                x = _transformer(config, self.dtype, i)(x, context)
             skips.append(x)
         if self.downsample:
             x = Downsample(self.dtype, name="downsamplers_0")(x)
@@ -183,95 +230,114 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    features: int
-    num_heads: int
-    config: UNetConfig
+    config: BlockConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, time_embedding, context):
-        groups, epsilon = self.config.num_groups, self.config.epsilon
-        x = ResnetBlock(self.features, groups, epsilon, self.dtype, name="resnets_0")(x, time_embedding)
-        x = SpatialTransformer(self.num_heads, groups, dtype=self.dtype, name="attentions_0")(x, context)
-        return ResnetBlock(self.features, groups, epsilon, self.dtype, name="resnets_1")(x, time_embedding)
+        x = _resnet(self.config, self.dtype, 0)(x, time_embedding)
+        x = _transformer(self.config, self.dtype, 0)(x, context)
+        return _resnet(self.config, self.dtype, 1)(x, time_embedding)
 
 
 class UpBlock(nn.Module):
     """The mirror of DownBlock: each residual block first takes one skip."""
 
-    features: int
-    num_layers: int
-    num_heads: int
-    attends: bool
+    config: BlockConfig
     upsample: bool
-    config: UNetConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, skips, time_embedding, context):
         config = self.config
-        for i in range(self.num_layers):
+        for i in range(config.num_layers):
             x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
-            x = ResnetBlock(self.features, config.num_groups, config.epsilon, self.dtype, name=f"resnets_{i}")(
-                x, time_embedding
-            )
-            if self.attends:
-                x = SpatialTransformer(self.num_heads, config.num_groups, dtype=self.dtype, name=f"attentions_{i}")(
-                    x, context
-                )
+            x = _resnet(config, self.dtype, i)(x, time_embedding)
+            if config.attends:
+                x = _transformer(config, self.dtype, i)(x, context)
         return Upsample(self.dtype, name="upsamplers_0")(x) if self.upsample else x
 
 
+def _keep_products(prim, *_, **params) -> bool:
+    """Whether the outputs of a convolution, or of a product with a weight, are kept: what costs most to compute again.
+
+    Products with a batch dimension are attention's: their outputs are its largest.
+    """
+    if prim is jax.lax.conv_general_dilated_p:
+        return True
+    return prim is jax.lax.dot_general_p and not any(params["dimension_numbers"][1])
+
+
 class UNet2DConditionModel(nn.Module):
-    """ε or v predicted from a noisy latent, its timestep and the text (Rombach et al. 2022)."""
+    """ε or v predicted from a noisy latent, its timestep and the text (Rombach et al. 2022; Podell et al. 2023)."""
 
     config: UNetConfig
     dtype: Dtype = jnp.float32
-    remat: bool = False  # recompute each block in the backward pass: a tenth of the memory, a third more work
+    # Of each block the backward pass keeps all ("none"), the outputs of its products with weights ("products") or its
+    # inputs alone ("blocks"); "full" computes the layers inside a block one by one too, a second time.
+    remat: str = "none"
 
     @nn.compact
     def __call__(
-        self, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], context: Float[Array, "b s d"]
+        self,
+        x_t: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        context: Float[Array, "b s d"],
+        pooled: Float[Array, "b p"] | None = None,
+        time_ids: Float[Array, "b 6"] | None = None,
     ) -> Float[Array, "b h w c"]:
+        """`pooled` and `time_ids` are read where the configuration is text_time's."""
         config, dtype = self.config, self.dtype
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
         x, context = x_t.astype(dtype), context.astype(dtype)
-        down_block, mid_block, up_block = (
-            nn.remat(block) if self.remat else block for block in (DownBlock, MidBlock, UpBlock)
-        )
+        down_block, mid_block, up_block = (self._remat(block) for block in (DownBlock, MidBlock, UpBlock))
 
-        features = timestep_embedding(
-            t, channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        def block_config(i: int, *, num_layers: int, attends: bool) -> BlockConfig:
+            return BlockConfig(
+                features=channels[i],
+                num_layers=num_layers,
+                num_heads=config.num_heads[i],
+                num_transformer_blocks=config.num_transformer_blocks[i],
+                attends=attends,
+                linear_projection=config.linear_projection,
+                num_groups=config.num_groups,
+                epsilon=config.epsilon,
+                remat=self.remat == "full",
+            )
+
+        time_embedding = TimestepMLP(4 * channels[0], dtype, name="time_embedding")(
+            self._sinusoids(t, channels[0]).astype(dtype)
         )
-        time_embedding = TimestepMLP(4 * channels[0], dtype, name="time_embedding")(features.astype(dtype))
+        if config.time_id_size is not None:
+            ids = self._sinusoids(time_ids.reshape(-1), config.time_id_size).reshape(time_ids.shape[0], -1)
+            added = jnp.concatenate([pooled.astype(jnp.float32), ids], axis=-1).astype(dtype)
+            time_embedding = time_embedding + TimestepMLP(4 * channels[0], dtype, name="add_embedding")(added)
 
         x = conv(channels[0], 3, dtype, "conv_in")(x)
         skips = [x]
-        for i, width in enumerate(channels):
-            x, new = down_block(
-                width,
-                config.layers_per_block[i],
-                config.num_heads[i],
-                config.down_attends[i],
-                i < last,
-                config,
-                dtype,
-                name=f"down_blocks_{i}",
-            )(x, time_embedding, context)
+        for i, attends in enumerate(config.down_attends):
+            block = block_config(i, num_layers=config.layers_per_block[i], attends=attends)
+            x, new = down_block(block, i < last, dtype, name=f"down_blocks_{i}")(x, time_embedding, context)
             skips += new
-        x = mid_block(channels[-1], config.num_heads[-1], config, dtype, name="mid_block")(x, time_embedding, context)
+        block = block_config(last, num_layers=1, attends=True)
+        x = mid_block(block, dtype, name="mid_block")(x, time_embedding, context)
         for i, attends in enumerate(config.up_attends):
             num_layers = config.layers_per_block[last - i] + 1
             skips, taken = skips[:-num_layers], skips[-num_layers:]
-            x = up_block(
-                channels[last - i],
-                num_layers,
-                config.num_heads[last - i],
-                attends,
-                i < last,
-                config,
-                dtype,
-                name=f"up_blocks_{i}",
-            )(x, taken, time_embedding, context)
+            block = block_config(last - i, num_layers=num_layers, attends=attends)
+            x = up_block(block, i < last, dtype, name=f"up_blocks_{i}")(x, taken, time_embedding, context)
         x = nn.silu(group_norm(config.num_groups, config.epsilon, dtype, "conv_norm_out")(x))
         return conv(config.out_channels, 3, dtype, "conv_out")(x)
+
+    def _sinusoids(self, values: Float[Array, " n"], size: int) -> Float[Array, "n e"]:
+        config = self.config
+        return timestep_embedding(values, size, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+
+    def _remat(self, block: type[nn.Module]) -> type[nn.Module]:
+        match self.remat:
+            case "none":
+                return block
+            case "products":
+                return nn.remat(block, policy=_keep_products)
+            case _:
+                return nn.remat(block)

@@ -17,6 +17,8 @@ EPSILON = 1e-6  # of every GroupNorm in diffusers' autoencoder; not in its confi
 FIXED = {
     "act_fn": ("silu",),
     "in_channels": (3,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
     "out_channels": (3,),
     "mid_block_add_attention": (True,),
     "shift_factor": (None,),
@@ -33,6 +35,7 @@ class VAEConfig(NamedTuple):
     latent_channels: int
     num_groups: int
     scaling_factor: float
+    force_upcast: bool  # half precision overflows: compute in float32 whatever the rest computes in
 
     @property
     def reduction(self) -> int:
@@ -59,6 +62,7 @@ def vae_config(fields: Mapping[str, Any]) -> VAEConfig:
         latent_channels=fields["latent_channels"],
         num_groups=fields.get("norm_num_groups", 32),
         scaling_factor=fields.get("scaling_factor", 0.18215),
+        force_upcast=bool(fields.get("force_upcast", False)),
     )
     if any(width % config.num_groups for width in config.block_out_channels):
         raise UserError(

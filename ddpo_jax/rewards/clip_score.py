@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.clip import MEAN, STD, CLIPConfig, CLIPModel, clip_config
-from ddpo_jax.models.folder import CLIP_FILES, TINY_CLIP, locate, read_json, read_weights
+from ddpo_jax.models.folder import CLIP_FILES, TINY_CLIP, locate, read_json, read_weights, weight_files
 from ddpo_jax.models.tokenizer import load_tokenizer, tokenize
 from ddpo_jax.types import Prompts, PyTree
 
@@ -75,7 +75,7 @@ def load(source: str) -> LoadedCLIP:
             f"{folder}: the tokenizer makes up to {tokenizer.model_max_length} tokens out of {len(tokenizer)}, but"
             f" config.json reads {config.text.max_length} out of {config.text.vocab_size}; copy the tokenizer anew"
         )
-    params = read_weights(folder / "model.safetensors", shapes, dtype=jnp.float32)
+    params = read_weights(weight_files(folder, "model"), shapes)
     return LoadedCLIP(module, params, lambda texts: tokenize(tokenizer, texts))
 
 

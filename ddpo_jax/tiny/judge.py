@@ -38,7 +38,7 @@ def load(folder: Path = JUDGE) -> Callable[[Float[Array, "b H W 3"]], Int[Array,
         UserError: the folder is not a judge's.
     """
     module = make_module(read_json(folder / "config.json"))
-    params = read_weights(folder / WEIGHTS, jax.eval_shape(lambda: init(module, jax.random.key(0))), dtype=np.float32)
+    params = read_weights([folder / WEIGHTS], jax.eval_shape(lambda: init(module, jax.random.key(0))))
 
     @jax.jit
     def recognise(images: Float[Array, "b H W 3"]) -> Int[Array, " b"]:

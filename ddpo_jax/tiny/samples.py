@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int
 
+from ddpo_jax.finetune import full
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.tokenizer import load_tokenizer, tokenize
+from ddpo_jax.models.stable_diffusion import freeze
+from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.tiny import judge
 from ddpo_jax.tiny.pictures import write_sheet
 from ddpo_jax.tiny.render import ANIMALS, PROMPTS
-from ddpo_jax.types import Frozen
 
 NUM_SAMPLES = 8  # of each animal
 NUM_STEPS = 20
@@ -46,12 +47,10 @@ def draw(
 ) -> Float32[np.ndarray, "p n H W 3"]:
     """`num_samples` pictures of each prompt by a model (`tiny`, a diffusers folder or a hub id), at fixed noise."""
     model, pretrained = stable_diffusion.load(source, dtype=jnp.float32)
-    tokenizer = load_tokenizer(pretrained.folder / "tokenizer")
     policy = make_policy(model, num_steps=num_steps, eta=ETA, guidance_scale=GUIDANCE_SCALE)
-    uncond = model.encode_text(pretrained.text, jnp.asarray(tokenize(tokenizer, [""])))
-    frozen = Frozen(pretrained.text, None, pretrained.vae, uncond, ())
-    program = make_sampler(model, policy)
-    tokens = jnp.asarray(tokenize(tokenizer, prompts))
+    frozen = freeze(model, pretrained)
+    program = make_sampler(model, policy, full().merge)
+    tokens = jnp.asarray(tokenize_all(pretrained.tokenizers, prompts))
     key, count = jax.random.key(0), len(prompts)
     rounds = [
         np.asarray(program(pretrained.denoiser, frozen, tokens, sample_keys(key, i * count, count))[2])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpo_jax.export import PIPELINE
+from ddpo_jax.diffusers_folder import model_index
 from ddpo_jax.models.folder import WEIGHTS, write_json, write_weights
 from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
 from ddpo_jax.tiny.clip import WIDTH
@@ -59,4 +59,4 @@ def write_untrained(folder: Path) -> None:
     write_json(folder / "unet" / "config.json", CONFIG)
     write_weights(folder / "unet" / WEIGHTS["unet"], params, dtype=np.float32)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(folder / "model_index.json", PIPELINE)
+    write_json(folder / "model_index.json", model_index("StableDiffusionPipeline"))

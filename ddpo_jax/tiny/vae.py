@@ -71,7 +71,7 @@ def train_decoder(workdir: Path, folder: Path, *, num_steps: int) -> dict[str, f
     What a UNet has learned of the latents stays valid, as with the decoders that were published for SD later on.
     """
     path = folder / "vae" / WEIGHTS["vae"]
-    whole = read_weights(path, jax.eval_shape(_init, jax.random.key(0)), dtype=np.float32)
+    whole = read_weights([path], jax.eval_shape(_init, jax.random.key(0)))
 
     def loss(decoder, pixels, key):
         out, _, _ = _reconstruct({**whole, **decoder}, pixels, key)

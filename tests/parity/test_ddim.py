@@ -20,6 +20,9 @@ SHAPE = (4, 4, 3)
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
+CLIPPED = {"clip_sample": True, "clip_sample_range": 0.7}
+
+
 def pair(**config):
     config = SCALED_LINEAR | config
     return process.ddim(process.noise_schedule(config)), DDIMScheduler(**config)
@@ -88,10 +91,11 @@ def test_transitions(num_steps, eta, prediction_type, spacing, set_alpha_to_one)
     )
 
 
+@pytest.mark.parametrize("clipping", [{}, CLIPPED], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_whole_rollout(prediction_type):
+def test_a_whole_rollout(prediction_type, clipping):
     """20 steps, each from the last one's result, with the same noise: errors do not build up."""
-    ours, theirs = pair(prediction_type=prediction_type, set_alpha_to_one=False, steps_offset=1)
+    ours, theirs = pair(prediction_type=prediction_type, set_alpha_to_one=False, steps_offset=1, **clipping)
     theirs.set_timesteps(20)
     ts = ours.timesteps(20)
     rng = np.random.default_rng(1)

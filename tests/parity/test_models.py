@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sd15
+from small import random_params
+from small_run import distance
 
+from benchmarks.families import UNET_15, UNET_21, UNET_XL, VAE_15
 from ddpo_jax import convert
 from ddpo_jax.models.clip import CLIPModel, CLIPTextModel, clip_config, text_config
-from ddpo_jax.models.folder import WEIGHTS, read_weights
-from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
+from ddpo_jax.models.stable_diffusion import TEXT_PREFIX
+from ddpo_jax.models.unet import REMAT, UNet2DConditionModel, unet_config
 from ddpo_jax.models.vae import AutoencoderKL, vae_config
 
 with warnings.catch_warnings():  # what these warn about on import is not ours to fix
@@ -26,6 +28,7 @@ with warnings.catch_warnings():  # what these warn about on import is not ours t
     from transformers import CLIPConfig, CLIPTextConfig
     from transformers import CLIPModel as TorchCLIP
     from transformers import CLIPTextModel as TorchText
+    from transformers import CLIPTextModelWithProjection as TorchProjected
 
 TOLERANCE = 1e-5  # measured: 3e-6 at most, the full-size VAE's; the approximate GELU is 1e-5 away
 GAINS = pytest.mark.parametrize("gain", [1.0, 1e-3])
@@ -65,9 +68,23 @@ UNETS = {
         "in_channels": 3,
         "out_channels": 3,
     },
-    "Stable Diffusion 1.5, narrow": sd15.UNET
+    "Stable Diffusion 1.5, narrow": UNET_15
     | {"block_out_channels": [16, 16, 32, 32], "cross_attention_dim": 24, "norm_num_groups": 8},
+    "Stable Diffusion 2.1, narrow": UNET_21
+    | {"block_out_channels": [20, 40, 80, 80], "cross_attention_dim": 24, "norm_num_groups": 4},
+    "Stable Diffusion XL, narrow": UNET_XL
+    | {
+        "block_out_channels": [20, 40, 80],
+        "cross_attention_dim": 24,
+        "norm_num_groups": 4,
+        "transformer_layers_per_block": [1, 2, 3],
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 10 + 6 * 6,
+    },
+    "depths that are not mirrored": UNET
+    | {"transformer_layers_per_block": [3, 1], "attention_head_dim": [2, 4], "use_linear_projection": True},
 }
+UNET_VERSIONS = [name for name in UNETS if "narrow" in name]
 VAES = {
     "three blocks": {
         "block_out_channels": [8, 8, 24],
@@ -75,7 +92,7 @@ VAES = {
         "norm_num_groups": 2,
         "latent_channels": 3,
     },
-    "Stable Diffusion 1.5, narrow": sd15.VAE | {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 8},
+    "Stable Diffusion 1.5, narrow": VAE_15 | {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 8},
 }
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = TOWER | {"vocab_size": 99, "max_position_embeddings": 13, "bos_token_id": 60, "eos_token_id": 61}
@@ -95,8 +112,12 @@ def torch_vae(fields, **options):
     return vae
 
 
-def torch_text(fields, **options):
-    return randomise(TorchText(CLIPTextConfig(**fields)), **options)
+def torch_text(fields, kind=None, **options):
+    return randomise((kind or TorchText)(CLIPTextConfig(**fields)), **options)
+
+
+def text_tensors(model):
+    return {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors_of(model).items()}
 
 
 def torch_clip(text=TEXT, vision=VISION, **options):
@@ -112,10 +133,22 @@ def apply(module, params, *inputs, method=None):
 
 
 def unet_inputs(config, *, batch, height, width, length):
+    """x_t, t, context and, where the network wants them, the pooled text and the time ids."""
     rng = np.random.default_rng(0)
     x_t = rng.normal(size=(batch, height, width, config.in_channels)).astype(np.float32)
     context = rng.normal(size=(batch, length, config.cross_attention_dim)).astype(np.float32)
-    return x_t, np.linspace(981, 1, batch, dtype=np.float32), context
+    inputs = x_t, np.linspace(981, 1, batch, dtype=np.float32), context
+    if config.time_id_size is None:
+        return inputs
+    pooled = rng.normal(size=(batch, config.added_size - 6 * config.time_id_size)).astype(np.float32)
+    return (*inputs, pooled, rng.uniform(0, 1024, (batch, 6)).round().astype(np.float32))
+
+
+def torch_prediction(unet, x_t, t, context, pooled=None, time_ids=None):
+    added = None if pooled is None else {"text_embeds": torch.tensor(pooled), "time_ids": torch.tensor(time_ids)}
+    with torch.no_grad():
+        out = unet(nchw(x_t), torch.tensor(t), torch.tensor(context), added_cond_kwargs=added)
+    return nhwc(out.sample)
 
 
 def make_tokens(batch, length, *, end, largest):
@@ -137,11 +170,41 @@ def test_unet(fields, gain):
     theirs = torch_unet(fields, gain=gain)
     config = unet_config(fields_of(theirs))
     ours = UNet2DConditionModel(config)
-    x_t, t, context = unet_inputs(config, batch=2, height=8, width=16, length=5)
-    params = convert.from_torch(tensors_of(theirs), shapes(ours, x_t, t, context), source="unet")
-    with torch.no_grad():
-        expected = theirs(nchw(x_t), torch.tensor(t), torch.tensor(context)).sample
-    assert relative_error(apply(ours, params, x_t, t, context), nhwc(expected)) <= TOLERANCE
+    inputs = unet_inputs(config, batch=2, height=8, width=16, length=5)
+    params = convert.from_torch(tensors_of(theirs), shapes(ours, *inputs), source="unet")
+    assert relative_error(apply(ours, params, *inputs), torch_prediction(theirs, *inputs)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_what_is_computed_again_changes_no_gradient(remat):
+    config = unet_config({**UNETS["Stable Diffusion XL, narrow"], "block_out_channels": [4, 20, 40]})
+    inputs = tuple(map(jnp.asarray, unet_inputs(config, batch=1, height=4, width=4, length=3)))
+    params = random_params(UNet2DConditionModel(config), 0, *inputs)
+
+    def gradient(remat):
+        module = UNet2DConditionModel(config, remat=remat)
+        assert jax.tree.structure(shapes(module, *inputs)) == jax.tree.structure(params)
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(module.apply({"params": params}, *inputs)))))(params)
+
+    assert distance(gradient(remat), gradient("none")) <= 1e-5
+
+
+def test_remat_keeps_less_and_less():
+    """Arrays that the backward pass takes from the forward pass, but for the parameters."""
+    config = unet_config(UNETS["Stable Diffusion XL, narrow"])
+    inputs = tuple(map(jnp.asarray, unet_inputs(config, batch=1, height=8, width=8, length=3)))
+    params = shapes(UNet2DConditionModel(config), *inputs)
+
+    def kept(remat):
+        module = UNet2DConditionModel(config, remat=remat)
+        _, backward = jax.eval_shape(
+            lambda params: jax.vjp(lambda params: module.apply({"params": params}, *inputs), params), params
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(backward)) - sum(x.size for x in jax.tree.leaves(params))
+
+    none, products, blocks, full = map(kept, REMAT)
+    assert none > 1.5 * products > 3 * blocks
+    assert full == blocks  # which differ in what a block's own backward pass holds
 
 
 @GAINS
@@ -165,16 +228,19 @@ def test_vae(fields, gain):
 @GAINS
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize(("eos_token_id", "end"), [(61, 61), (2, 98)], ids=["proper end", "legacy end"])
-def test_text(act, eos_token_id, end, gain):
-    theirs = torch_text(TEXT | {"hidden_act": act, "eos_token_id": eos_token_id, "layer_norm_eps": 1e-3}, gain=gain)
-    ours = CLIPTextModel(text_config(fields_of(theirs.config)))
+@pytest.mark.parametrize("projects", [False, True])
+def test_text(act, eos_token_id, end, gain, projects):
+    fields = TEXT | {"hidden_act": act, "eos_token_id": eos_token_id, "layer_norm_eps": 1e-3, "projection_dim": 20}
+    theirs = torch_text(fields, TorchProjected if projects else TorchText, gain=gain)
+    ours = CLIPTextModel(text_config(fields_of(theirs.config), projects=projects))
     tokens = make_tokens(3, 13, end=end, largest=98)
-    params = convert.from_torch(tensors_of(theirs), shapes(ours, tokens), source="text")
+    params = convert.from_torch(text_tensors(theirs), shapes(ours, tokens), source="text")
     with torch.no_grad():
-        expected = theirs(torch.tensor(tokens))
-    hidden, pooled = apply(ours, params, tokens)
-    assert relative_error(hidden, expected.last_hidden_state) <= TOLERANCE
-    assert relative_error(pooled, expected.pooler_output) <= TOLERANCE
+        expected = theirs(torch.tensor(tokens), output_hidden_states=True)
+    found = apply(ours, params, tokens)
+    assert relative_error(found.last, expected.last_hidden_state) <= TOLERANCE
+    assert relative_error(found.penultimate, expected.hidden_states[-2]) <= TOLERANCE
+    assert relative_error(found.pooled, expected.text_embeds if projects else expected.pooler_output) <= TOLERANCE
 
 
 @GAINS
@@ -193,84 +259,33 @@ def test_clip(act, gain):
 
 def models():
     """(torch model, ours, inputs) of every kind."""
-    x_t, t, context = jnp.zeros((1, 4, 4, 4)), jnp.zeros(1), jnp.zeros((1, 3, 12))
     tokens, images = jnp.zeros((1, 13), jnp.int32), jnp.zeros((1, 12, 12, 3))
-    unet, vae, text, clip = torch_unet(UNET), torch_vae(VAES["three blocks"]), torch_text(TEXT), torch_clip()
-    return {
-        "unet": (unet, UNet2DConditionModel(unet_config(fields_of(unet))), (x_t, t, context)),
+    vae, text, clip = torch_vae(VAES["three blocks"]), torch_text(TEXT), torch_clip()
+    projected = torch_text(TEXT | {"projection_dim": 20}, TorchProjected)
+    found = {
         "vae": (vae, AutoencoderKL(vae_config(fields_of(vae))), (images,)),
         "text": (text, CLIPTextModel(text_config(fields_of(text.config))), (tokens,)),
+        "projected text": (
+            projected,
+            CLIPTextModel(text_config(fields_of(projected.config), projects=True)),
+            (tokens,),
+        ),
         "clip": (clip, CLIPModel(clip_config(fields_of(clip.config))), (tokens, images)),
     }
+    for version in UNET_VERSIONS:
+        unet = torch_unet(UNETS[version])
+        config = unet_config(fields_of(unet))
+        inputs = unet_inputs(config, batch=1, height=8, width=8, length=3)
+        found[version] = (unet, UNet2DConditionModel(config), inputs)
+    return found
 
 
-@pytest.mark.parametrize("kind", ["unet", "vae", "text", "clip"])
+@pytest.mark.parametrize("kind", ["vae", "text", "projected text", "clip", *UNET_VERSIONS])
 def test_conversion_is_exact_both_ways(kind):
     theirs, ours, inputs = models()[kind]
-    tensors = tensors_of(theirs)
+    tensors = text_tensors(theirs) if "text" in kind else tensors_of(theirs)
     back = convert.to_torch(convert.from_torch(tensors, shapes(ours, *inputs), source=kind))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
         assert back[name].flags.c_contiguous
-
-
-def save_and_drop(model, folder, part):
-    """Saves as diffusers would, so that the torch copy is gone before ours is made, and returns the file."""
-    assert sum(parameter.numel() for parameter in model.parameters()) == sd15.NUM_PARAMETERS[part]
-    model.save_pretrained(folder)
-    return folder / WEIGHTS[part]
-
-
-@pytest.mark.slow
-def test_full_size_unet(tmp_path, record_property):
-    config = unet_config(sd15.UNET)
-    ours = UNet2DConditionModel(config)
-    inputs = unet_inputs(config, batch=2, height=32, width=32, length=77)
-    theirs = torch_unet(sd15.UNET)
-    with torch.no_grad():
-        expected = nhwc(theirs(nchw(inputs[0]), *map(torch.tensor, inputs[1:])).sample)
-    path = save_and_drop(theirs, tmp_path, "unet")
-    del theirs
-    params = read_weights(path, shapes(ours, *inputs), dtype=jnp.float32)
-    error = relative_error(apply(ours, params, *inputs), expected)
-    record_property("relative_error", error)
-    assert error <= TOLERANCE
-
-
-@pytest.mark.slow
-def test_full_size_vae(tmp_path, record_property):
-    ours = AutoencoderKL(vae_config(sd15.VAE))
-    images = pixels(1, 128, 192)
-    theirs = torch_vae(sd15.VAE)
-    with torch.no_grad():
-        latent = theirs.encode(nchw(images)).latent_dist
-        mean, log_variance, decoded = map(nhwc, (latent.mean, latent.logvar, theirs.decode(latent.mean).sample))
-    path = save_and_drop(theirs, tmp_path, "vae")
-    del theirs
-    params = read_weights(path, shapes(ours, images), dtype=jnp.float32)
-    encoded = apply(ours, params, images, method="encode")
-    errors = [
-        relative_error(encoded[0], mean),
-        relative_error(encoded[1], log_variance),
-        relative_error(apply(ours, params, mean, method="decode"), decoded),
-    ]
-    record_property("relative_errors", errors)
-    assert max(errors) <= TOLERANCE
-
-
-@pytest.mark.slow
-def test_full_size_text(tmp_path, record_property):
-    ours = CLIPTextModel(text_config(sd15.TEXT))
-    tokens = make_tokens(2, 77, end=49407, largest=49406)
-    theirs = torch_text(sd15.TEXT)
-    with torch.no_grad():
-        output = theirs(torch.tensor(tokens))
-        hidden, pooled = output.last_hidden_state.numpy(), output.pooler_output.numpy()
-    path = save_and_drop(theirs, tmp_path, "text_encoder")
-    del theirs
-    params = read_weights(path, shapes(ours, tokens), dtype=jnp.float32, prefix="text_model.")
-    outputs = apply(ours, params, tokens)
-    errors = [relative_error(outputs[0], hidden), relative_error(outputs[1], pooled)]
-    record_property("relative_errors", errors)
-    assert max(errors) <= TOLERANCE

@@ -31,7 +31,7 @@ def test_tiny_clip_in_transformers():
 
     module = CLIPModel(clip_config(read_json(FOLDER / "config.json")))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.asarray(tokens), jnp.asarray(pixels))["params"]
-    params = read_weights(FOLDER / "model.safetensors", shapes, dtype=np.float32)
+    params = read_weights([FOLDER / "model.safetensors"], shapes)
     ours = module.apply({"params": params}, jnp.asarray(tokens), jnp.asarray(pixels))
     np.testing.assert_allclose(ours, theirs, atol=1e-3)  # logits to ±20
     right = [captions[best] == caption for best, caption in zip(theirs.argmax(axis=1), captions, strict=True)]

@@ -1,0 +1,131 @@
+"""What a run left: its trained parameters joined with the model that they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+
+from ddpo_jax import checkpoint, data
+from ddpo_jax.build import load_model
+from ddpo_jax.diffusers_folder import export
+from ddpo_jax.errors import UserError
+from ddpo_jax.finetune import full
+from ddpo_jax.models import stable_diffusion
+from ddpo_jax.models.folder import read_json
+from ddpo_jax.models.stable_diffusion import Pretrained, Source
+from ddpo_jax.settings import make_finetune
+from ddpo_jax.types import Finetune, Model, PyTree
+from ddpo_jax.workdir import flatten, unflatten
+
+
+class Checkpoint(NamedTuple):
+    """A saved round of a run."""
+
+    workdir: Path
+    step: int  # rounds
+    config: ConfigDict
+    trainable: PyTree  # numpy; the running average if the run kept one
+
+
+class Loaded(NamedTuple):
+    """A model to sample from, whatever it came from."""
+
+    model: Model
+    pretrained: Pretrained  # the denoiser is None where nothing of it is left as it was
+    tuning: Finetune
+    trainable: PyTree
+    config: ConfigDict | None  # of the run, if it came from one
+
+
+def find_checkpoint(source: str | Path) -> Checkpoint | None:
+    """The checkpoint that a path names, `WORKDIR` (its newest) or `WORKDIR/checkpoints/STEP`; None if it names none.
+
+    Raises:
+        UserError: it names one that is missing or not whole.
+    """
+    path, step = Path(source).expanduser(), None
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, step = path.parents[1], int(path.name)
+    elif path.name == "checkpoints":
+        path = path.parent
+    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
+        if step is None:
+            return None
+        raise UserError(f"{path}: expected a run's folder, with config.json and checkpoints/{step}")
+    fields = unflatten(read_json(path / "config.json"))
+    for name in ("pretrained.variant", "pretrained.revision"):  # configs from before these fields
+        part, field = name.split(".")
+        fields[part].setdefault(field, "")
+    found, trainable = checkpoint.read_trainable(path / "checkpoints", step)
+    return Checkpoint(path, found, ConfigDict(fields), trainable)
+
+
+def load(source: str, *, dtype: str, resolution: int | None = None, variant: str = "", revision: str = "") -> Loaded:
+    """The model of a folder, a hub id, `tiny`, or a checkpoint as `find_checkpoint` takes it.
+
+    dtype: what it computes in, "float32" or "bfloat16".  resolution: pixels; None: its own, or its run's.
+
+    Raises:
+        UserError: it cannot be used; the message names the file.
+    """
+    found = find_checkpoint(source)
+    if found is None:
+        model, pretrained = stable_diffusion.load(
+            source, dtype=np.dtype(dtype), resolution=resolution, variant=variant, revision=revision
+        )
+        return Loaded(model, pretrained._replace(denoiser=None), full(), pretrained.denoiser, None)
+    config, tuning = found.config, make_finetune(found.config.train)
+    config.compute_dtype = dtype
+    config.train.remat = "none"
+    config.pretrained.resolution = resolution or config.pretrained.resolution
+    model, pretrained = load_model(config, tuning)
+    if not tuning.reads_pretrained:
+        pretrained = pretrained._replace(denoiser=None)
+    return Loaded(model, pretrained, tuning, found.trainable, config)
+
+
+def export_trained(
+    source: Source,
+    target: Path,
+    tuning: Finetune,
+    trainable: PyTree,
+    *,
+    about: Mapping[str, Any],
+    dtype: DTypeLike = np.float32,
+) -> None:
+    """Writes a diffusers folder of `source` with what was trained. `trainable` is on the host.
+
+    What adapters are added to is read anew from the files: a run in half precision keeps less of it.
+    """
+    pretrained = stable_diffusion.read_denoiser(source) if tuning.reads_pretrained else None
+    denoiser = tuning.merge(pretrained, trainable)
+    export(source, target, denoiser, about=about, dtype=dtype, adapters=tuning.adapters(trainable))
+
+
+def about(config: ConfigDict, *, name: str, epochs: int) -> dict[str, Any]:
+    """What an exported folder's model card tells."""
+    return {
+        "name": name,
+        "model": config.pretrained.model,
+        "algorithm": config.algorithm,
+        "prompt": example_prompt(config.prompts),
+        "num_steps": config.sample.num_steps,
+        "guidance_scale": config.sample.guidance_scale,
+        "eta": config.sample.eta,
+        "figures": {"epochs": epochs, "reward": config.reward.name},
+        "config": json.loads(json.dumps(flatten(config.to_dict()))),
+    }
+
+
+def example_prompt(prompts: ConfigDict) -> str:
+    """One of the run's prompts; another where their file is gone."""
+    try:
+        return data.prompt_source(prompts.name, tuple(prompts.list)).texts[0]
+    except UserError:
+        return "a photo of a cat"
