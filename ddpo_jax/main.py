@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import sys
 import threading
@@ -11,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ddpo_jax.command import EXIT_STOPPED, EXIT_USER_ERROR, fail, quieten
 from ddpo_jax.config import parse
 from ddpo_jax.errors import Preempted, RunStopped, UserError
 
@@ -19,8 +18,6 @@ HELP = f"""{__doc__}
 Every field of the config is described in configs/base.py. The workdir is runs/<config name> by default; the same
 command continues the run that is in it."""
 
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
@@ -30,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(HELP)
         return 0
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not missed: tokenizers only
+    quieten()
     try:
         with preemptible():
             config, workdir = parse(argv)
@@ -43,11 +39,9 @@ def main(argv: list[str] | None = None) -> int:
                 jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
             train(config, workdir, argv)
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return fail("error", error, EXIT_USER_ERROR)
     except RunStopped as error:
-        print(f"stopped: {one_line(error)}", file=sys.stderr)
-        return EXIT_STOPPED
+        return fail("stopped", error, EXIT_STOPPED)
     except Preempted as error:
         print(error, file=sys.stderr)
         return EXIT_PREEMPTED
@@ -73,11 +67,6 @@ def preemptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def one_line(error: Exception) -> str:
-    """The message without the line breaks that libraries put into theirs."""
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""What the small commands share: flags, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+from ddpo_jax.errors import RunStopped, UserError
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 3
+
+
+def describe(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def quieten() -> None:
+    """Keeps libraries from telling what no user needs."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not missed: tokenizers only
+
+
+def run_command(
+    body: Callable, parser: argparse.ArgumentParser, argv: list[str] | None, *, flag_of: Mapping[str, str] = {}
+) -> int:
+    """Runs `body` with the flags; the exit status. Errors that a user can mend are one line on standard error.
+
+    flag_of: the flag that gives a field of the config, which errors name.
+    """
+    flags = parser.parse_args(argv)
+    quieten()
+    try:
+        body(flags)
+    except UserError as error:
+        for field, flag in flag_of.items():
+            error = UserError(str(error).replace(field, flag))
+        return fail("error", error, EXIT_USER_ERROR)
+    except RunStopped as error:
+        return fail("stopped", error, EXIT_STOPPED)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def fail(what: str, error: Exception, status: int) -> int:
+    """Tells of the error in one line, without the line breaks that libraries put into their messages."""
+    print(f"{what}: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,70 @@
+"""Export a saved round of a run as a diffusers folder.
+
+python -m ddpo_jax.export --checkpoint=WORKDIR[/checkpoints/STEP] --to=DIR [--dtype=float16]
+
+A run's folder is its newest checkpoint. Adapters are merged into the weights, and written by themselves too, as
+pytorch_lora_weights.safetensors, which diffusers' load_lora_weights reads. A running average, where the run kept one,
+is what is exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from ddpo_jax.command import describe, run_command
+from ddpo_jax.diffusers_folder import check_target
+from ddpo_jax.errors import UserError
+from ddpo_jax.models.folder import locate, pipeline_files
+from ddpo_jax.models.stable_diffusion import Source
+from ddpo_jax.saved import about, export_trained, find_checkpoint
+from ddpo_jax.settings import make_finetune
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(export_checkpoint, parser(), argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = describe(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a run's folder, or checkpoints/STEP in it")
+    parser.add_argument("--to", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of all weights; float32 by default")
+    return parser
+
+
+def export_checkpoint(flags: argparse.Namespace) -> None:
+    """Writes the folder that the flags ask for.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or something else is in the target's place.
+    """
+    found = find_checkpoint(flags.checkpoint)
+    if found is None:
+        raise UserError(
+            f"--checkpoint={flags.checkpoint}: expected a run's folder, with config.json and checkpoints in it, or"
+            " checkpoints/STEP in one"
+        )
+    pretrained = found.config.pretrained
+    folder = locate(pretrained.model, hub_files=pipeline_files(pretrained.variant), revision=pretrained.revision)
+    source, target = Source(folder, pretrained.variant), flags.to.expanduser()
+    check_target(source, target)
+    export_trained(
+        source,
+        target,
+        make_finetune(found.config.train),
+        found.trainable,
+        about=about(found.config, name=found.workdir.absolute().name, epochs=found.step),
+        dtype=DTYPES[flags.dtype],
+    )
+    print(f"{target}: round {found.step} of {found.workdir}, {flags.dtype}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
