@@ -61,13 +61,10 @@ def torch_half(family, part, folder):
         model = randomise(kinds[fields["architectures"][0]](CLIPTextConfig(**fields)))
     with torch.no_grad():
         if part == "unet":
-            added = {"text_embeds": torch.tensor(given["pooled"]), "time_ids": torch.tensor(given["time_ids"])}
-            out = model(
-                nchw(given["x_t"]),
-                torch.tensor(given["t"]),
-                torch.tensor(given["context"]),
-                added_cond_kwargs=added if family == "sdxl" else None,
-            )
+            x_t, t, context, *added = given.values()
+            names = ("text_embeds", "time_ids")
+            added = dict(zip(names, map(torch.tensor, added), strict=True)) if added else None
+            out = model(nchw(x_t), torch.tensor(t), torch.tensor(context), added_cond_kwargs=added)
             outputs = {"prediction": nhwc(out.sample)}
         elif part == "vae":
             latent = model.encode(nchw(given["images"])).latent_dist
