@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ddpo_jax.models.clip import text_config
-from ddpo_jax.models.stable_diffusion import Configs
+from ddpo_jax.models.pipeline import Configs
 from ddpo_jax.models.unet import unet_config
 from ddpo_jax.models.vae import vae_config
 
@@ -171,7 +171,7 @@ FAMILIES = {
 
 
 def read_configs(name: str) -> Configs:
-    """What stable_diffusion.read_configs reads of such a folder."""
+    """What pipeline.read_configs reads of such a folder."""
     pipeline, parts, *_ = FAMILIES[name]
     text = {part: text_config(parts[part], projects=part == "text_encoder_2") for part in parts if "text" in part}
     return Configs(pipeline, text, unet_config(parts["unet"]), vae_config(parts["vae"]), zero_uncond=len(text) > 1)

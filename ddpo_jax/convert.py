@@ -99,10 +99,13 @@ def match(shapes: Mapping[str, tuple[int, ...]], like: PyTree, *, source: str) -
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(
-            f"{source}: tensor {missing[0]!r} is missing{more}; is the file whole, and does its config.json fit?"
+            f"{source}: tensor {missing[0]!r} is missing{more}; copy it and the config.json beside it from one model"
         )
     if unused:
-        raise UserError(f"{source}: {len(unused)} tensors have no place in this network, such as {unused[:5]}")
+        raise UserError(
+            f"{source}: {len(unused)} tensors have no place in this network, such as {unused[:5]};"
+            " copy it and the config.json beside it from one model"
+        )
 
     def find(path, template):
         key, leaf = torch_key(leaf_path(path), len(template.shape))
@@ -111,7 +114,9 @@ def match(shapes: Mapping[str, tuple[int, ...]], like: PyTree, *, source: str) -
         if shape == (*expected, 1, 1) and MAYBE_CONVOLUTION.search(key):
             return Stored(names[key], lambda tensor: leaf.to_flax(tensor[:, :, 0, 0]))
         if shape != expected:
-            raise UserError(f"{source}: tensor {key!r} has shape {shape}; config.json implies {expected}")
+            raise UserError(
+                f"{source}: tensor {key!r} has shape {shape}; config.json implies {expected}; copy both from one model"
+            )
         return Stored(names[key], leaf.to_flax)
 
     return jax.tree_util.tree_map_with_path(find, like)

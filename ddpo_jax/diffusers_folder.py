@@ -25,15 +25,8 @@ from ddpo_jax.models.folder import (
     write_tensors,
     write_weights,
 )
-from ddpo_jax.models.stable_diffusion import (
-    PIPELINES,
-    TEXT_PREFIX,
-    TOKENIZERS,
-    Source,
-    read_configs,
-    schedule_fields,
-    text_name,
-)
+from ddpo_jax.models.pipeline import PIPELINES, TOKENIZERS, read_configs, schedule_fields
+from ddpo_jax.models.stable_diffusion import TEXT_PREFIX, Source, text_name
 from ddpo_jax.types import PyTree
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for

@@ -1,6 +1,6 @@
 """Draw pictures with any model: a diffusers folder, a hub id, `tiny`, a run's folder or a checkpoint in it.
 
-python -m ddpo_jax.sample --model=tiny --prompt="a fox" --prompt="an owl" --num_images=4 --output=DIR
+python -m ddpo_jax.sample --model=tiny --prompt="a fox" --prompt="a frog" --num_images=4 --output=DIR
 python -m ddpo_jax.sample --model=runs/quickstart/checkpoints/10 --prompts=common_animals --output=DIR
 
 Writes 00000.png, 00001.png, ..., all of them on one sheet as grid.png, and metadata.jsonl, which says of each picture

@@ -11,7 +11,8 @@ import numpy as np
 from ddpo_jax.diffusers_folder import model_index
 from ddpo_jax.models.clip import CLIPModel, clip_config, text_config
 from ddpo_jax.models.folder import WEIGHTS, write_json, write_weights
-from ddpo_jax.models.stable_diffusion import TOKENIZERS, Configs, parameter_shapes, text_name
+from ddpo_jax.models.pipeline import TOKENIZERS, Configs
+from ddpo_jax.models.stable_diffusion import parameter_shapes, text_name
 from ddpo_jax.models.unet import unet_config
 from ddpo_jax.models.vae import vae_config
 from ddpo_jax.tiny import unet as tiny

@@ -19,6 +19,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.models import folder as model_folder
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.folder import TINY, locate, pipeline_files, write_json
+from ddpo_jax.models.pipeline import read_configs
 from ddpo_jax.models.tokenizer import tokenize_all
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -170,7 +171,7 @@ BROKEN = {  # what is done to the folder, and two things that the message says
     "vae shift": (edit(VAE_CONFIG, shift_factor=0.1), VAE_CONFIG, "shift_factor=0.1"),
     "another activation": (edit(TEXT_CONFIG, hidden_act="relu"), TEXT_CONFIG, "hidden_act='relu'"),
     "text heads": (edit(TEXT_CONFIG, num_attention_heads=3), TEXT_CONFIG, "num_attention_heads=3"),
-    "another text width": (edit(UNET_CONFIG, cross_attention_dim=24), "16 wide", "cross_attention_dim=24"),
+    "another text width": (edit(UNET_CONFIG, cross_attention_dim=24), "width, 16", "cross_attention_dim=24"),
     "inpainting": (edit(UNET_CONFIG, in_channels=9), UNET_CONFIG, "in_channels=9"),
     "learned variance": (edit(UNET_CONFIG, out_channels=8), UNET_CONFIG, "out_channels=8"),
     "another prediction": (edit(SCHEDULER, prediction_type="sample"), SCHEDULER, "'sample'"),
@@ -411,7 +412,7 @@ def test_the_published_families_have_their_sizes(name, latent, tmp_path):
     for part, fields in family.parts.items():
         write_json(tmp_path / part / "config.json", fields)
     write_json(tmp_path / "model_index.json", {"_class_name": family.pipeline})
-    configs = stable_diffusion.read_configs(tmp_path)
+    configs = read_configs(tmp_path)
     assert configs == families.read_configs(name)
     shapes = stable_diffusion.parameter_shapes(configs)
     counts = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()}
@@ -421,7 +422,7 @@ def test_the_published_families_have_their_sizes(name, latent, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_small_folders_are_what_they_say(tmp_path, family):
-    assert stable_diffusion.read_configs(write_folder(tmp_path, family)) == configs_of(family)
+    assert read_configs(write_folder(tmp_path, family)) == configs_of(family)
 
 
 XL_BROKEN = {
@@ -433,7 +434,10 @@ XL_BROKEN = {
         {"addition_embed_type": None},
         "StableDiffusionXLPipeline expects addition_embed_type='tex",
     ),
-    "another width": ({"cross_attention_dim": 16}, "16 + 24 wide and unet/config.json expects cross_attention_dim=16"),
+    "another width": (
+        {"cross_attention_dim": 16},
+        "cross_attention_dim=16; expected the text encoder's width, 16 + 24",
+    ),
     "no size of the ids": ({"addition_time_embed_dim": ...}, "'addition_time_embed_dim' is missing"),
 }
 

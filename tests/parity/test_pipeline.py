@@ -15,7 +15,8 @@ from ddpo_jax import finetune
 from ddpo_jax.diffusers_folder import LORA_WEIGHTS, export
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.stable_diffusion import TOKENIZERS, freeze, read_denoiser
+from ddpo_jax.models.pipeline import TOKENIZERS
+from ddpo_jax.models.stable_diffusion import freeze, read_denoiser
 from ddpo_jax.models.tokenizer import load_tokenizer, tokenize, tokenize_all
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.saved import export_trained
@@ -246,7 +247,7 @@ def test_an_exported_lora_in_the_model_that_it_was_trained_on(tmp_path, family, 
     noise, ours = our_pictures(folder, 5.0)
     without = their_pictures(opened, noise, 5.0)
     assert abs(ours - without).max() > 1e-2
-    opened.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+    opened.load_lora_weights(folder)
     assert abs(ours - their_pictures(opened, noise, 5.0)).max() <= 1e-4
 
 
