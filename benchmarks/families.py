@@ -2,10 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ddpo_jax.models.clip import text_config
-from ddpo_jax.models.pipeline import Configs
-from ddpo_jax.models.unet import unet_config
-from ddpo_jax.models.vae import vae_config
+from ddpo_jax.models.pipeline import Configs, parse_configs
 
 UNET_15 = {
     "_class_name": "UNet2DConditionModel",
@@ -172,6 +169,5 @@ FAMILIES = {
 
 def read_configs(name: str) -> Configs:
     """What pipeline.read_configs reads of such a folder."""
-    pipeline, parts, *_ = FAMILIES[name]
-    text = {part: text_config(parts[part], projects=part == "text_encoder_2") for part in parts if "text" in part}
-    return Configs(pipeline, text, unet_config(parts["unet"]), vae_config(parts["vae"]), zero_uncond=len(text) > 1)
+    family = FAMILIES[name]
+    return parse_configs({"_class_name": family.pipeline}, family.parts)

@@ -32,7 +32,7 @@ from ddpo_jax import finetune, optimizers, process
 from ddpo_jax.advantages import whiten
 from ddpo_jax.algorithms import ddpo
 from ddpo_jax.algorithms.parts import Parts
-from ddpo_jax.models.stable_diffusion import make_model, parameter_shapes, storage
+from ddpo_jax.models.stable_diffusion import make_model, stored
 from ddpo_jax.models.unet import REMAT
 from ddpo_jax.policy import make_policy, make_sampler
 from ddpo_jax.types import Frozen, TrainState, Trajectory
@@ -42,6 +42,8 @@ GB = 1e9
 NUM_STEPS = 50
 RANK = 4
 
+# XLA's own rematerialisation would hide what train.remat does. Without Triton no GPU is asked which of its kernels is
+# fastest: matrix products are cuBLAS's, whose workspace is in the figures.
 OPTIONS = {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_enable_triton_gemm": False}
 
 
@@ -95,10 +97,8 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int
     )
     update = make_update(algorithm, tuning, tx, ema_decay=0.0)
 
-    shapes = parameter_shapes(configs)
-    denoiser = storage(shapes["unet"], jnp.bfloat16, exact=tuning.changes)
-    text = {part: storage(shapes[part], jnp.bfloat16) for part in configs.text}
-    vae = storage(shapes["vae"], jnp.float32 if configs.vae.force_upcast else jnp.bfloat16)
+    shapes = stored(configs, jnp.bfloat16, exact=tuning.changes)
+    denoiser, vae, text = shapes["unet"], shapes["vae"], {part: shapes[part] for part in configs.text}
     tokens = jnp.zeros((1, 77 * len(text)), jnp.int32)
     cond = jax.eval_shape(model.encode_text, text, tokens)
     frozen = Frozen(text, denoiser if tuning.reads_pretrained else None, vae, cond, ())

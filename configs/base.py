@@ -95,8 +95,10 @@ def get_config() -> ConfigDict:
     train.lora_rank = 0
     # Adapters count alpha / rank; 0: alpha = rank.
     train.lora_alpha = 0.0
-    # Regular expression of kernel paths that get an adapter. r"(attn[12]/to_\w+|ff/net_\w+(/proj)?)/kernel$" adds the
-    # feed-forward layers, r"(attn[12]/to_\w+|resnets_\d+/conv\d)/kernel$" the residual blocks' convolutions.
+    # Regular expression of kernel paths that get an adapter: diffusers' names of the UNet's layers, with / for a dot
+    # and _ before a number, as in down_blocks_0/attentions_1/transformer_blocks_0/attn2/to_out_0/kernel.
+    # r"(attn[12]/to_\w+|ff/net_\w+(/proj)?)/kernel$" adds the feed-forward layers,
+    # r"(attn[12]/to_\w+|resnets_\d+/conv\d)/kernel$" the residual blocks' convolutions.
     train.lora_targets = r"attn[12]/(to_q|to_k|to_v|to_out_0)/kernel$"
     # Optimizer steps a pass over a round's samples: each takes its share of them, all timesteps.
     train.num_updates = 4

@@ -21,6 +21,18 @@ def describe(doc: str) -> argparse.ArgumentParser:
     )
 
 
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of where a model is read from, beside its own."""
+    parser.add_argument("--base", default="", help="of a run: the model that it began with, where it has moved")
+    parser.add_argument("--variant", default="", help="of the model's weights, such as fp16; a run's own by default")
+    parser.add_argument("--revision", default="", help="of a hub id: a branch, tag or commit; a run's own by default")
+
+
+def base_of(flags: argparse.Namespace) -> dict[str, str]:
+    """What `add_base_flags` were given, by the fields of `pretrained`."""
+    return {"model": flags.base, "variant": flags.variant, "revision": flags.revision}
+
+
 def quieten() -> None:
     """Keeps libraries from telling what no user needs."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.types import PyTree
@@ -165,8 +164,3 @@ def _modern(name: str) -> str:
     for pattern, replacement in OLD_NAMES:
         name = pattern.sub(replacement, name)
     return name
-
-
-def cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """The tree with every leaf as a numpy array of `dtype`."""
-    return jax.tree.map(lambda x: np.asarray(x, dtype), tree)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,18 +21,29 @@ from ddpo_jax.models.folder import (
     STEMS,
     WEIGHTS,
     cast,
+    check_weights,
+    on_host,
     read_json,
-    read_tensors,
+    read_weights,
     weight_files,
     write_json,
     write_tensors,
     write_weights,
 )
 from ddpo_jax.models.pipeline import PIPELINES, TOKENIZERS, read_configs, schedule_fields
-from ddpo_jax.models.stable_diffusion import TEXT_PREFIX, Source, text_name
+from ddpo_jax.models.stable_diffusion import TEXT_PREFIX, Source, parameter_shapes, text_name
 from ddpo_jax.types import PyTree
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
+MERGED = (
+    f"The adapters that were trained are merged into these weights already. `{LORA_WEIGHTS}` is for the model named"
+    " above: loaded into this folder's, it would count twice."
+)
+WRITTEN = {  # all that an export may hold
+    *("README.md", "model_index.json", "scheduler", LORA_WEIGHTS),
+    *STEMS,
+    *TOKENIZERS.values(),
+}
 MARK = "ddpo_jax"  # in the card of every folder that is written here
 
 
@@ -49,18 +63,52 @@ def export(
     adapters: Finetune.adapters' of the training; they are also written by themselves, for `load_lora_weights`.
 
     Raises:
-        UserError: `target` holds something else, or a weight is too large for `dtype`.
+        UserError: `target` holds something else, a part of `source` is broken, or a weight is too large for `dtype`.
     """
     check_target(source, target)
+    target = target.resolve()  # what a link leads to
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = f".{target.name}.{MARK}-"
+    for left in target.parent.glob(f"{glob.escape(scratch)}*"):  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=scratch, dir=target.parent) as folder:
+        new, old = Path(folder) / "new", Path(folder) / "old"
+        write(source, new, denoiser, about=about, dtype=dtype, adapters=adapters)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+
+
+def write(
+    source: Source,
+    new: Path,
+    denoiser: PyTree,
+    *,
+    about: Mapping[str, Any],
+    dtype: DTypeLike,
+    adapters: Mapping[str, tuple] | None,
+) -> None:
+    """What `export` writes, into the folder `new`."""
     configs = read_configs(source.folder)
-    new = target.with_name(target.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    shapes = parameter_shapes(configs)
+    others = {part: shapes[part] for part in ("vae", *configs.text)}
+    prefixes = {part: TEXT_PREFIX if part in configs.text else "" for part in others}
+    files = {part: weight_files(source.folder / part, STEMS[part], source.variant) for part in others}
+    for part, like in others.items():  # before gigabytes are written
+        check_weights(files[part], like, prefix=prefixes[part])
     write_json(new / "model_index.json", model_index(configs.pipeline, zero_uncond=configs.zero_uncond))
     write_config(source.folder, new, "unet")
     write_weights(new / "unet" / WEIGHTS["unet"], denoiser, dtype=dtype)
-    for part in ("vae", *configs.text):
-        write_part(source, new, part, dtype=dtype)
+    for part, like in others.items():
+        params = read_weights(files[part], like, prefix=prefixes[part], put=on_host)
+        if part in configs.text:
+            # With the prefix old and new diffusers load it; without it the old ones keep random weights.
+            # transformers loads in what the config says, where diffusers loads in float32 unless told otherwise.
+            write_config(source.folder, new, part, torch_dtype="float32")
+            write_weights(new / part / WEIGHTS[part], params, dtype=dtype, rename=text_name)
+        else:
+            write_config(source.folder, new, part)
+            write_weights(new / part / WEIGHTS[part], params, dtype=dtype)
     for part in configs.text:
         _write_tokenizer(source.folder / TOKENIZERS[part], new / TOKENIZERS[part])
     fields = schedule_fields(source.folder, configs.pipeline)
@@ -68,25 +116,23 @@ def export(
     if adapters:
         tensors = convert.adapters_to_torch(adapters, prefix="unet.").items()
         write_tensors(new / LORA_WEIGHTS, {name: cast(tensor, dtype, name) for name, tensor in tensors})
-    (new / "README.md").write_text(model_card({**about, "pipeline": configs.pipeline}), encoding="utf-8")
-
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    card = model_card({**about, "pipeline": configs.pipeline, "adapters": bool(adapters)})
+    (new / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_target(source: Source, target: Path) -> None:
     """Raises UserError if something is at `target` that an export may not replace."""
-    if target.is_file():
-        raise UserError(f"{target} is a file; give a folder to export to")
+    nearest = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{target}: {nearest} is no folder that can be written to; give another to export to")
     if not target.exists() or not any(target.iterdir()):
         return
     card = target / "README.md"
-    if target.resolve() == source.folder.resolve() or not card.is_file() or MARK not in card.read_text("utf-8"):
-        raise UserError(f"{target} holds other files, which an export would replace; give a new folder")
+    others = sorted({path.name for path in target.iterdir()} - WRITTEN)
+    is_export = card.is_file() and f"tags: [{MARK}," in card.read_text("utf-8", errors="replace")
+    if others or not is_export or target.resolve() == source.folder.resolve():
+        what = f"other files, such as {others[0]}," if others else "a model that no export wrote,"
+        raise UserError(f"{target} holds {what} which an export would replace; give a new folder")
 
 
 def model_index(pipeline: str, *, zero_uncond: bool = True) -> dict[str, Any]:
@@ -118,19 +164,6 @@ def write_config(source: Path, target: Path, part: str, **changes: Any) -> None:
     write_json(target / part / "config.json", told | changes)
 
 
-def write_part(source: Source, target: Path, part: str, *, dtype: DTypeLike) -> None:
-    """Copies a part that training leaves alone, from whatever files it is in to one."""
-    is_text = part in TOKENIZERS
-    # diffusers loads the other parts in float32 unless told otherwise, transformers in what the config says.
-    write_config(source.folder, target, part, **({"torch_dtype": "float32"} if is_text else {}))
-    tensors = {}
-    for name, tensor in read_tensors(weight_files(source.folder / part, STEMS[part], source.variant)):
-        # With the prefix old and new diffusers load it; without it the old ones keep random weights.
-        known = text_name(name.removeprefix(TEXT_PREFIX)) if is_text else name
-        tensors[known] = tensor if np.issubdtype(tensor.dtype, np.integer) else cast(tensor, dtype, f"{part}: {name}")
-    write_tensors(target / part / WEIGHTS[part], tensors)
-
-
 def model_card(about: Mapping[str, Any]) -> str:
     """The README.md of an exported folder."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
@@ -153,6 +186,7 @@ def model_card(about: Mapping[str, Any]) -> str:
         f" guidance_scale={about['guidance_scale']}, eta={about['eta']}).images",
         "```",
         "",
+        *([MERGED, ""] if about.get("adapters") else []),
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in about["figures"].items()),

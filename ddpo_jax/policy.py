@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -29,6 +30,9 @@ def make_policy(
         raise UserError(f"sample.log_prob_reduction={log_prob_reduction!r}: expected 'mean' or 'sum'")
     predict = _guidance(model.predict, guidance_scale)
     timesteps = model.process.timesteps(num_steps)
+
+    def after(t: Float[Array, " b"]) -> Float[Array, " b"]:
+        return model.process.after(t, num_steps)
 
     def transition(
         params: PyTree,
@@ -65,7 +69,7 @@ def make_policy(
             return x_next, (x_next, log_prob(p, x_next), process.stochastic(p))
 
         x_first = noise(jnp.int32(0), keys if start_keys is None else start_keys)
-        inputs = (jnp.arange(1, num_steps + 1), timesteps[:-1], timesteps[1:])
+        inputs = (jnp.arange(1, num_steps + 1), timesteps[:-1], after(timesteps[:-1]))
         _, (x, log_probs, trained) = jax.lax.scan(step, x_first, inputs)
         return Trajectory(
             t=jnp.broadcast_to(timesteps, (count, num_steps + 1)),
@@ -84,14 +88,14 @@ def make_policy(
         prediction = model.predict(params, model.process.add_noise(x_0, eps, t), t, cond)
         return losses.denoising_mse(prediction, model.process.target(x_0, eps, t))
 
-    return Policy(rollout, transition, log_prob, kl, denoising_error)
+    return Policy(rollout, after, transition, log_prob, kl, denoising_error)
 
 
 def check_sampling(eta: float, guidance_scale: float) -> None:
     """Raises UserError if a setting of the sampler is out of range, NaN too."""
     if not 0 <= eta <= 1:
         raise UserError(f"sample.eta={eta}: expected 0 (deterministic) to 1, the published value")
-    if not guidance_scale >= 1:
+    if not 1 <= guidance_scale < math.inf:
         raise UserError(
             f"sample.guidance_scale={guidance_scale}: expected 1 (no guidance) or more; 5 is the published value"
         )

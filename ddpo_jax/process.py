@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, PRNGKeyArray, UInt
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, number
 from ddpo_jax.types import Gaussian, Process
 
 
@@ -37,6 +37,9 @@ class Prediction(NamedTuple):
     split: Callable  # prediction, x_t, √ᾱ, √(1 - ᾱ) -> x_0, eps
 
 
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # diffusers' schedulers that clip unless their config says otherwise
+
+
 def choose(table: Mapping[str, Any], name: str, field: str) -> Any:
     """`table[name]`.
 
@@ -51,7 +54,7 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
     """The noise schedule that a diffusers `scheduler_config.json` describes, whichever scheduler wrote it.
 
     A missing field has the default of diffusers' DDIMScheduler, as in `DDIMScheduler.from_config`, except
-    `clip_sample`: another scheduler that does not speak of it does not clip.
+    `clip_sample`: a scheduler that has no such field does not clip.
 
     Raises: UserError for a process without betas and for settings that are not implemented.
     """
@@ -65,12 +68,15 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
                 f"{field} true is not supported: expected false, or no such field, in scheduler_config.json"
             )
 
-    num_train_timesteps = get("num_train_timesteps", 1000)
+    num_train_timesteps = number(scheduler_config, "num_train_timesteps", 1000)
     if get("trained_betas") is not None:
         betas = np.asarray(get("trained_betas"), np.float64)
     else:
         make_betas = choose(BETA_SCHEDULES, get("beta_schedule", "linear"), "beta_schedule")
-        betas = make_betas(get("beta_start", 1e-4), get("beta_end", 0.02), num_train_timesteps)
+        start, end = (
+            number(scheduler_config, *field, kind=float) for field in (("beta_start", 1e-4), ("beta_end", 0.02))
+        )
+        betas = make_betas(start, end, num_train_timesteps)
     if betas.shape != (num_train_timesteps,):
         raise UserError(
             f"trained_betas has shape {betas.shape}: expected num_train_timesteps = {num_train_timesteps} values"
@@ -88,8 +94,10 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
         final_alpha_bar=1.0 if get("set_alpha_to_one", True) else float(alpha_bar[0]),
         prediction_type=prediction_type,
         timestep_spacing=timestep_spacing,
-        steps_offset=get("steps_offset", 0),
-        clip_range=get("clip_sample_range", 1.0) if get("clip_sample", name == "DDIMScheduler") else None,
+        steps_offset=number(scheduler_config, "steps_offset", 0, above=-1),
+        clip_range=number(scheduler_config, "clip_sample_range", 1.0, kind=float)
+        if get("clip_sample", name in CLIPPING)
+        else None,
     )
 
 
@@ -110,9 +118,7 @@ def ddim(schedule: NoiseSchedule) -> Process:
     def timesteps(num_steps: int) -> Float32[Array, " {num_steps}+1"]:
         """The timesteps of `num_steps` steps, and where the last one ends: below 0 is the clean end.
 
-        As diffusers' DDIMScheduler spaces and ends them. Its `step` goes from t to t - T_train // num_steps, though the
-        next t may be another ("linspace"; "trailing" where num_steps does not divide T_train); here a step ends where
-        the next begins. For "leading" the two are the same.
+        As diffusers' DDIMScheduler spaces and ends them.
 
         Raises: UserError if there are not so many timesteps.
         """
@@ -124,7 +130,16 @@ def ddim(schedule: NoiseSchedule) -> Process:
                 f"num_steps {num_steps} with steps_offset {schedule.steps_offset} starts at t = {t[0]:g}, and the last "
                 f"timestep is {num_train_timesteps - 1}: take fewer steps"
             )
-        return jnp.asarray([*t, t[-1] - num_train_timesteps // num_steps], jnp.float32)
+        t = jnp.asarray(t, jnp.float32)
+        return jnp.concatenate([t, after(t[-1:], num_steps)])
+
+    def after(t: Float[Array, " b"], num_steps: int) -> Float[Array, " b"]:
+        """Where a step from t ends: T_train // num_steps below, as in diffusers' DDIMScheduler and the published runs.
+
+        For "leading" that is where the next one begins. For "linspace", and for "trailing" where num_steps does not
+        divide T_train, the next begins a little elsewhere; an exported model is then drawn from as it was trained.
+        """
+        return t - num_train_timesteps // num_steps
 
     def log_alpha_bar(t: Float[Array, " b"]) -> Float32[Array, "b 1 1 1"]:
         index = jnp.maximum(t, 0).astype(jnp.int32)
@@ -171,7 +186,7 @@ def ddim(schedule: NoiseSchedule) -> Process:
         """b draws, uniform over 0 .. T_train - 1."""
         return jax.random.randint(key, (b,), 0, num_train_timesteps).astype(jnp.float32)
 
-    return Process(timesteps, add_noise, target, transition, sample_timesteps)
+    return Process(timesteps, after, add_noise, target, transition, sample_timesteps)
 
 
 def sample(gaussian: Gaussian, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

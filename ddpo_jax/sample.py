@@ -24,7 +24,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 from ddpo_jax import data, metrics, saved
-from ddpo_jax.command import describe, run_command
+from ddpo_jax.command import add_base_flags, base_of, describe, run_command
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.stable_diffusion import freeze
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
@@ -62,8 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--resolution", type=int, help="pixels, one side; the model's own by default")
     add("--compute_dtype", default="float32", choices=("float32", "bfloat16"))
     add("--chunk_size", type=int, default=4, help="pictures a program call; 4 by default")
-    add("--variant", default="", help="of the folder's weights, such as fp16")
-    add("--revision", default="", help="of a hub id: a branch, tag or commit")
+    add_base_flags(parser)
     add("--compilation_cache", default="~/.cache/ddpo_jax", help="folder of compiled programs; empty: none")
     return parser
 
@@ -78,13 +77,7 @@ def sample(flags: argparse.Namespace) -> None:
     texts, output = read_prompts(flags), flags.output.expanduser()
     if flags.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
-    loaded = saved.load(
-        flags.model,
-        dtype=flags.compute_dtype,
-        resolution=flags.resolution,
-        variant=flags.variant,
-        revision=flags.revision,
-    )
+    loaded = saved.load(flags.model, dtype=flags.compute_dtype, resolution=flags.resolution, base=base_of(flags))
     settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "eta": flags.eta}
     for name in ("num_steps", "guidance_scale"):
         if getattr(flags, name) is not None:
@@ -97,14 +90,14 @@ def sample(flags: argparse.Namespace) -> None:
     repeated = [text for text in texts for _ in range(flags.num_images)]
     images = draw(loaded, repeated, seed=flags.seed, chunk_size=flags.chunk_size, **settings)
     output.mkdir(parents=True, exist_ok=True)
-    told = {"model": flags.model, "seed": flags.seed, **settings}
+    told = {"model": flags.model, "seed": flags.seed, **settings, "compute_dtype": flags.compute_dtype}
     write(output, images, [{"text": text, "index": i, **told} for i, text in enumerate(repeated)])
     print(f"{output}: {len(images)} pictures of {images.shape[1]} pixels")
 
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UserError for what can be told before the model is there."""
-    for name in ("num_images", "chunk_size", "num_steps"):
+    for name in ("num_images", "chunk_size", "num_steps", "resolution"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}: expected 1 or more")
@@ -164,6 +157,8 @@ def write(output: Path, images: Float32[np.ndarray, "b H W 3"], rows: list[dict[
     if not np.isfinite(images).all():
         raise UserError("the model drew pictures that are not finite; try --compute_dtype=float32")
     names = [f"{i:05d}.png" for i in range(len(images))]
+    for row in metrics.read(output / "metadata.jsonl")[len(names) :]:  # of more pictures, drawn here before
+        (output / Path(row["file_name"]).name).unlink(missing_ok=True)
     pixels = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
     for name, picture in zip(names, pixels, strict=True):
         save(output / name, Image.fromarray(picture))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
 from ddpo_jax.types import Finetune, Prompts
 from ddpo_jax.update import Schedule
+from ddpo_jax.workdir import flatten
 
 
 class Loaded(NamedTuple):
@@ -141,6 +143,9 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
 
 def check(config: ConfigDict) -> None:
     """Numbers that no part of the run checks by itself."""
+    for name, value in flatten(config.to_dict()).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value}: expected a finite number")
     sample, train = config.sample, config.train
     at_least_one = {
         "sample.num_prompts": sample.num_prompts,
@@ -163,6 +168,9 @@ def check(config: ConfigDict) -> None:
         "train.kl_weight": train.kl_weight,
         "train.kl_budget": train.kl_budget,
         "train.lora_rank": train.lora_rank,
+        "train.lora_alpha": train.lora_alpha,
+        "train.adam_epsilon": train.adam_epsilon,
+        "train.adam_weight_decay": train.adam_weight_decay,
         "per_prompt_stat_tracking.buffer_size": config.per_prompt_stat_tracking.buffer_size,
     }
     for name, value in at_least_one.items():

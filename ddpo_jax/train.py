@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ddpo_jax import checkpoint, metrics, report
 from ddpo_jax.build import Run, build, init_state
 from ddpo_jax.clock import Clock, running_clock
+from ddpo_jax.diffusers_folder import check_target
 from ddpo_jax.errors import Preempted
 from ddpo_jax.evaluate import evaluate
 from ddpo_jax.metrics import Console, Writer
@@ -38,6 +39,7 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
     with claim(workdir, config.to_dict()) as keep_config, running_clock() as clock:
         with clock.spend("loading"):
             run = build(config, console.phase)
+        check_target(run.source, workdir / "export")
         keep_config()
         with checkpoint.open_manager(workdir / "checkpoints", keep=config.keep_checkpoints) as manager:
             state = init_state(run, seed=config.seed, ema=config.train.ema_decay > 0)

@@ -21,6 +21,7 @@ class Process(NamedTuple):
     """A noise process; no network inside."""
 
     timesteps: Callable  # num_steps -> (T+1,) float32, from pure noise to clean
+    after: Callable  # t, num_steps -> t_next, where a step from t ends
     add_noise: Callable  # x_0, eps, t (b,) -> x_t
     target: Callable  # x_0, eps, t (b,) -> what the network regresses on
     transition: Callable  # prediction, x_t, t (b,), t_next (b,), *, eta -> Gaussian
@@ -51,6 +52,7 @@ class Policy(NamedTuple):
     """A model, a process and guidance, seen as a stochastic policy over denoising steps."""
 
     rollout: Callable  # params, cond, uncond, keys (b,), start_keys (b,) or None -> Trajectory
+    after: Callable  # t -> t_next
     transition: Callable  # params, x_t, t, t_next, cond, uncond -> Gaussian
     log_prob: Callable  # Gaussian, x_next -> (b,)
     kl: Callable  # Gaussian, Gaussian -> (b,), in the units of log_prob

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpo_jax.diffusers_folder import model_index
-from ddpo_jax.models.clip import CLIPModel, clip_config, text_config
+from ddpo_jax.models.clip import CLIPModel, clip_config
 from ddpo_jax.models.folder import WEIGHTS, write_json, write_weights
-from ddpo_jax.models.pipeline import TOKENIZERS, Configs
+from ddpo_jax.models.pipeline import TOKENIZERS, Configs, parse_configs
 from ddpo_jax.models.stable_diffusion import parameter_shapes, text_name
-from ddpo_jax.models.unet import unet_config
-from ddpo_jax.models.vae import vae_config
 from ddpo_jax.tiny import unet as tiny
 from ddpo_jax.tiny.tokenizer import MAX_LENGTH, VOCAB_SIZE, write_tokenizer
 
@@ -163,13 +161,7 @@ def random_values(shapes, seed):
 def configs_of(family: str) -> Configs:
     """What read_configs reads of a folder that `write_folder` wrote."""
     pipeline, text, unet, vae, _ = FAMILIES[family]
-    return Configs(
-        pipeline,
-        {part: text_config(fields, projects=part == "text_encoder_2") for part, fields in text.items()},
-        unet_config(unet),
-        vae_config(vae),
-        zero_uncond=family == "xl",
-    )
+    return parse_configs({"_class_name": pipeline}, {**text, "unet": unet, "vae": vae})
 
 
 def write_folder(folder: Path, family: str = "1", *, seed: int = 0, scheduler: dict | None = None) -> Path:

@@ -10,8 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 
-# As in the design, which names no place for six: `workdir` and `config` stand beside `errors` and `plugins`, `clock`
-# beside `metrics`; `starts`, `export` and `build` as far to the left as what they read allows.
+# As in the design; what it names no place for stands as far to the left as what it reads allows.
 ORDER = [
     *("types", "errors", "plugins", "workdir", "config", "command"),
     *("process", "losses", "advantages", "sharding", "convert", "models", "policy", "finetune", "optimizers"),

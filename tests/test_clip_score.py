@@ -150,7 +150,7 @@ BROKEN = {
     "half the weights": (cut_weights, r"model\.safetensors: not a whole safetensors file"),
     "no tokenizer": (no_tokenizer, "expected vocab.json and merges.txt"),
     "another model": (edit_config(model_type="siglip"), "model_type 'siglip' is not supported"),
-    "half a config": (edit_config(vision_config=None), "lacks the field 'vision_config'"),
+    "half a config": (edit_config(vision_config=None), "the field 'vision_config' is missing"),
     "wider": (edit_config(projection_dim=24), "has shape"),
     "fewer tokens": (edit_config(text_config=CLIP["text_config"] | {"vocab_size": 500}), "the tokenizer makes"),
 }

@@ -114,8 +114,8 @@ def test_export_of_a_saved_step(runs, family, tuning, tmp_path, capsys):
         assert f"round {step} of {workdir}, float32" in capsys.readouterr().out
         found = load_file(to / UNET_WEIGHTS)
         assert all(np.array_equal(found[name], exported[name]) for name in exported) == same
-        assert (to / LORA_WEIGHTS).is_file() == (tuning == "lora")
         card = (to / "README.md").read_text()
+        assert (to / LORA_WEIGHTS).is_file() == (LORA_WEIGHTS in card) == (tuning == "lora")
         assert f"| epochs | {step} |" in card and FAMILIES[family].pipeline in card
     assert (to / "model_index.json").read_text() == (workdir / "export" / "model_index.json").read_text()
 
@@ -188,7 +188,8 @@ REFUSED = {
     "no steps": (["--prompt=a"], {"num_steps": 0}, "--num_steps=0: expected 1"),
     "no such file": ([], {"prompts": "/nowhere.txt"}, "--prompts='/nowhere.txt': not a built-in set"),
     "an odd size": (["--prompt=a"], {"resolution": 17}, "--resolution=17: expected a positive multiple of 8"),
-    "an odd variant": (["--prompt=a"], {"variant": "fp16"}, "set --variant=''"),
+    "an odd variant": (["--prompt=a"], {"variant": "fp16"}, "set another, or ''"),
+    "a base for a folder": (["--prompt=a"], {"base": "tiny"}, "--base=tiny is for a run's folder"),
 }
 
 
@@ -217,7 +218,8 @@ def test_export_refuses(runs, folders, tmp_path, capsys):
         (folders["1"], "out", "expected a run's folder"),
         (workdir / "checkpoints" / "3", "out", "no checkpoint 3; there are: 12, 24"),
         (workdir, "mine", "holds other files"),
-        (workdir, "mine/thesis.tex", "is a file"),
+        (workdir, "mine/thesis.tex", "thesis.tex is no folder that can be written to"),
+        (workdir, "mine/thesis.tex/x", "thesis.tex is no folder"),
     ):
         assert export.main([f"--checkpoint={checkpoint}", f"--to={tmp_path / to}"]) == 2
         errors = capsys.readouterr().err
@@ -244,12 +246,59 @@ def test_a_checkpoint_that_is_not_whole(runs, tmp_path, capsys):
 
 def test_a_config_from_before_variants(runs, tmp_path):
     """Runs of former versions can be exported too."""
-    workdir = tmp_path / "run"
-    (workdir / "checkpoints").parent.mkdir()
-    (workdir / "checkpoints").symlink_to(runs("1", "lora") / "checkpoints")
+    workdir = copy_run(runs("1", "lora"), tmp_path / "run", runs("1", "lora"))
     config = json.loads((runs("1", "lora") / "config.json").read_text())
     write_json(workdir / "config.json", {name: x for name, x in config.items() if name.split(".")[1:] != ["variant"]})
     assert export.main([f"--checkpoint={workdir}", f"--to={tmp_path / 'out'}"]) == 0
+
+
+def copy_run(run, workdir, base):
+    """The run's folder, as if it had begun with the model in `base`."""
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(run / "checkpoints")
+    config = json.loads((run / "config.json").read_text())
+    write_json(workdir / "config.json", config | {"pretrained.model": str(base)})
+    return workdir
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_base_model_that_has_moved(runs, folders, tmp_path, capsys, tuning):
+    """Both commands name the flag that gives its new place, and do with it what they did before."""
+    run, gone = runs("1", tuning), tmp_path / "gone"
+    workdir = copy_run(run, tmp_path / "run", gone)
+    commands = (
+        lambda *more: export.main([f"--checkpoint={workdir}", f"--to={tmp_path / 'out'}", *more]),
+        lambda *more: run_sample(capsys, tmp_path / "drawn", "--prompt=a", *more, model=workdir, num_steps=2)[0],
+    )
+    for command in commands:
+        assert command(f"--base={folders['1']}") == 0
+    exported = (tmp_path / "out" / UNET_WEIGHTS).read_bytes()
+    assert exported == (run / "export" / UNET_WEIGHTS).read_bytes()
+    assert export.main([f"--checkpoint={workdir}", f"--to={tmp_path / 'other'}"]) == 2
+    assert f"--base='{gone}': no such folder" in capsys.readouterr().err
+    for base in ("2", "xl"):
+        assert export.main([f"--checkpoint={workdir}", f"--to={tmp_path / 'other'}", f"--base={folders[base]}"]) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "of another model" in errors and str(folders[base]) in errors
+        status, said, _ = run_sample(capsys, tmp_path / "no", "--prompt=a", model=workdir, base=folders[base])
+        assert status == 2 and "of another model" in said.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_is_no_run_s(runs, tmp_path, capsys):
+    workdir = copy_run(runs("1", "lora"), tmp_path / "run", "tiny")
+    write_json(workdir / "config.json", {"hidden_size": 3})
+    assert export.main([f"--checkpoint={workdir}", f"--to={tmp_path / 'out'}"]) == 2
+    assert f"{workdir}/config.json: expected a run's" in capsys.readouterr().err
+
+
+def test_fewer_pictures_than_before(folders, tmp_path, capsys):
+    """What metadata.jsonl no longer tells of is not left behind; other files are."""
+    settings = {"model": folders["1"], "num_steps": 2}
+    run_sample(capsys, tmp_path, "--prompt=a", num_images=4, **settings)
+    (tmp_path / "99999.png").write_bytes((tmp_path / "00000.png").read_bytes())
+    _, _, pictures = run_sample(capsys, tmp_path, "--prompt=a", num_images=2, **settings)
+    assert len(pictures) == 3
 
 
 @pytest.mark.parametrize(

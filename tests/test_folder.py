@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from fnmatch import fnmatch
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from benchmarks import families
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import folder as model_folder
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.folder import TINY, locate, pipeline_files, write_json
+from ddpo_jax.models.folder import write_json
+from ddpo_jax.models.locate import TINY, locate, pipeline_files
 from ddpo_jax.models.pipeline import read_configs
 from ddpo_jax.models.tokenizer import tokenize_all
 
@@ -89,6 +91,15 @@ def quantise(folder):
     save_file(tensors | {"conv_out.bias": np.zeros(4, np.int8)}, folder / UNET_WEIGHTS)
 
 
+def swell(folder):
+    tensors = load_file(folder / UNET_WEIGHTS)
+    save_file(tensors | {"conv_out.bias": np.full(4, 1e300)}, folder / UNET_WEIGHTS)
+
+
+def write_null(path, field):
+    return lambda folder: write_json(folder / path, json.loads((folder / path).read_text()) | {field: None})
+
+
 def rename_weights(suffix):
     """Of all parts: `.fp16` makes another variant of them."""
 
@@ -140,7 +151,7 @@ BROKEN = {  # what is done to the folder, and two things that the message says
     "deeper transformers": (edit(UNET_CONFIG, transformer_layers_per_block=2), UNET_WEIGHTS, "is missing"),
     "nested depths": (edit(UNET_CONFIG, transformer_layers_per_block=[[1, 1], 1]), UNET_CONFIG, "whole number a block"),
     "no depth": (edit(UNET_CONFIG, transformer_layers_per_block=0), UNET_CONFIG, "[0, 0]: expected one positive"),
-    "text as a width": (edit(UNET_CONFIG, block_out_channels=["8", "16"]), UNET_CONFIG, "a value of another kind"),
+    "text as a width": (edit(UNET_CONFIG, block_out_channels=["8", "16"]), UNET_CONFIG, "['8', '16']: expected a list"),
     "added conditions": (
         edit(UNET_CONFIG, addition_embed_type="text_image"),
         UNET_CONFIG,
@@ -169,6 +180,34 @@ BROKEN = {  # what is done to the folder, and two things that the message says
     "no latent size": (edit(UNET_CONFIG, sample_size=[4, 4]), UNET_CONFIG, "sample_size=[4, 4]"),
     "vae groups": (edit(VAE_CONFIG, norm_num_groups=3), VAE_CONFIG, "norm_num_groups=3"),
     "vae shift": (edit(VAE_CONFIG, shift_factor=0.1), VAE_CONFIG, "shift_factor=0.1"),
+    "an infinity in the dtype": (swell, UNET_WEIGHTS, "'conv_out.bias' holds values that are not finite in float32"),
+    "a field of JSON's null": (write_null(TEXT_CONFIG, "layer_norm_eps"), TEXT_CONFIG, "layer_norm_eps=None: expected"),
+    "text as a number": (edit(SCHEDULER, beta_start="a"), SCHEDULER, "beta_start='a': expected a number"),
+    "text as a count": (edit(SCHEDULER, num_train_timesteps="9"), SCHEDULER, "num_train_timesteps='9': expected a who"),
+    "a negative count": (edit(SCHEDULER, num_train_timesteps=-5), SCHEDULER, "num_train_timesteps=-5: expected a who"),
+    "a list as a name": (edit(SCHEDULER, beta_schedule=["x"]), SCHEDULER, "a value of another kind"),
+    "text as betas": (edit(SCHEDULER, trained_betas="x"), SCHEDULER, "a value of another kind"),
+    "no groups": (
+        edit(UNET_CONFIG, norm_num_groups=0),
+        UNET_CONFIG,
+        "norm_num_groups=0: expected a whole number",
+    ),
+    "no pixels": (edit(VAE_CONFIG, block_out_channels=[]), VAE_CONFIG, "block_out_channels=[]: expected a list"),
+    "layers as text": (edit(VAE_CONFIG, layers_per_block="2"), VAE_CONFIG, "layers_per_block='2': expected a whole"),
+    "one kind of block too few": (
+        edit(VAE_CONFIG, down_block_types=["DownEncoderBlock2D"]),
+        VAE_CONFIG,
+        "for each width",
+    ),
+    "half a layer": (edit(TEXT_CONFIG, num_hidden_layers=2.5), TEXT_CONFIG, "num_hidden_layers=2.5: expected a whole"),
+    "a list as a class": (edit(INDEX, _class_name=["a"]), INDEX, "['a'] is not supported"),
+    "a length as text": (
+        edit("tokenizer/tokenizer_config.json", model_max_length="77"),
+        "tokenizer",
+        "expected model_max_length",
+    ),
+    "an infinite epsilon": (edit(UNET_CONFIG, norm_eps=float("inf")), UNET_CONFIG, "norm_eps=inf: expected a number"),
+    "no scale": (write_null(VAE_CONFIG, "scaling_factor"), VAE_CONFIG, "scaling_factor=None: expected a number"),
     "another activation": (edit(TEXT_CONFIG, hidden_act="relu"), TEXT_CONFIG, "hidden_act='relu'"),
     "text heads": (edit(TEXT_CONFIG, num_attention_heads=3), TEXT_CONFIG, "num_attention_heads=3"),
     "another text width": (edit(UNET_CONFIG, cross_attention_dim=24), "width, 16", "cross_attention_dim=24"),
@@ -208,6 +247,7 @@ def test_broken_folder(folder, break_it, where, what):
     assert where in message
     assert what in message
     assert "\n" not in message
+    assert ("of another kind" in message) == ("of another kind" in what)  # a deliberate message is not wrapped in that
 
 
 @pytest.mark.parametrize("resolution", [-8, 4, 12, 17])
@@ -303,8 +343,31 @@ def test_a_variant_beside_another(small_folder, folder):
         save_file(tensors, path.with_name(path.stem + ".fp16.safetensors"))
     assert_same_weights(folder, small_folder)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(load(folder, variant="fp16")[1][:3]))
-    with pytest.raises(UserError, match=r"model\.ema\.safetensors: no such file; .* pretrained\.variant=''"):
+    with pytest.raises(UserError, match=r"pretrained\.variant='ema': no file of .* is of it"):
         load(folder, variant="ema")
+
+
+def test_a_variant_of_some_parts(small_folder, folder):
+    """The others are read as they are, as diffusers does; which, is chosen for each by itself."""
+    rename_weights(".fp16")(folder)
+    (folder / VAE_WEIGHTS.replace(".safetensors", ".fp16.safetensors")).rename(folder / VAE_WEIGHTS)
+    assert_same_weights(folder, small_folder, variant="fp16")
+    with pytest.raises(UserError, match=r"no such file; there is another: set pretrained\.variant='fp16'"):
+        load(folder)
+
+
+def test_an_index_comes_before_a_file(small_folder, folder):
+    """As in diffusers: an old file beside shards is not read."""
+    shard(folder, "unet", "diffusion_pytorch_model")
+    (folder / UNET_WEIGHTS).write_bytes(b"old")
+    assert_same_weights(folder, small_folder)
+
+
+@pytest.mark.parametrize(("version", "side"), [("0.8.0.dev0", 64), ("0.9.0.dev0", 4), ("0.35.1", 4), (None, 4)])
+def test_the_latent_size_of_old_folders(folder, version, side):
+    """diffusers' StableDiffusionPipeline does not believe what versions before 0.9 wrote below 64."""
+    edit(UNET_CONFIG, _diffusers_version=version)(folder)
+    assert read_configs(folder).unet.latent_size == side
 
 
 def test_a_tensor_in_two_shards(folder):
@@ -352,6 +415,11 @@ def test_locate(small_folder, tmp_path, monkeypatch):
     file.touch()
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}' is a file"):
         locate(str(file))
+    for source in ("", "a" * 300):
+        with pytest.raises(UserError, match=r"pretrained\.model="):
+            locate(source)
+    with pytest.raises(UserError, match=r"pretrained\.revision='abc' is of a hub id"):
+        locate(str(small_folder), revision="abc")
     for source in ("nowhere", "./a/b", "a/b/c", "~/no-such-folder"):
         with pytest.raises(UserError, match=rf"'{source}': no such folder"):
             locate(source)
@@ -369,41 +437,86 @@ def test_a_single_file_is_refused_with_the_way_to_convert_it(tmp_path):
         assert str(tmp_path / name) in str(raised.value) and hint in str(raised.value)
 
 
-def test_locate_on_the_hub(tmp_path, monkeypatch):
-    """Neither pickles nor the formats of other frameworks are asked for; a failure says the hub's reason."""
-    asked = {}
+class Hub:
+    """A hub that has these files; None: it cannot be reached."""
 
-    def download(repository, *, revision, allow_patterns):
-        asked[repository] = allow_patterns, revision
-        if repository == "some/thing":
+    def __init__(self, monkeypatch, folder, names):
+        self.folder, self.names, self.asked = folder, names, []
+        monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", self.list_files)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
+
+    def list_files(self, source, *, revision):
+        if self.names is None:
             raise OSError("no network")
-        return str(tmp_path)
+        return self.names
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    def download(self, source, *, revision, allow_patterns):
+        if self.names is None and self.folder is None:
+            raise OSError("no network")
+        self.asked.append((revision, allow_patterns))
+        return str(self.folder)
+
+    def fetched(self, names):
+        (_, patterns) = self.asked[-1]
+        return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+WANTED = [
+    "model_index.json",
+    "tokenizer_2/merges.txt",
+    "text_encoder_2/model.fp16-00001-of-00002.safetensors",
+    "text_encoder_2/model.safetensors.index.fp16.json",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+]
+UNWANTED = [
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.bin",
+    "sd_xl_base_1.0.safetensors",
+    "vae_1_0/diffusion_pytorch_model.fp16.safetensors",
+]
+
+
+def test_what_is_fetched_from_the_hub(tmp_path, monkeypatch):
+    """What is read and no more: no pickle, no other variant of a part that has the right one."""
+    hub = Hub(monkeypatch, tmp_path, WANTED + UNWANTED)
+    assert locate("some/model", hub_files=partial(pipeline_files, variant="fp16"), revision="abc") == tmp_path
+    assert hub.fetched(WANTED + UNWANTED) == WANTED and hub.asked[-1][0] == "abc"
+    plain = Hub(monkeypatch, tmp_path, ["model_index.json", *UNWANTED])
     assert locate("some/model") == tmp_path
-    patterns, revision = asked["some/model"]
-    assert all(pattern.endswith((".json", ".txt", ".safetensors")) for pattern in patterns)
-    assert revision is None
+    assert plain.fetched(UNWANTED) == UNWANTED[:1] and plain.asked[-1][0] is None
 
-    locate("some/other", hub_files=pipeline_files("fp16"), revision="abc")
-    patterns, revision = asked["some/other"]
-    assert revision == "abc"
-    wanted = (
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
-        "text_encoder_2/model.fp16-00001-of-00002.safetensors",
-        "tokenizer_2/merges.txt",
-    )
-    unwanted = (
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model.fp16.bin",
-        "sd_xl_base_1.0.safetensors",
-        "vae_1_0/diffusion_pytorch_model.fp16.safetensors",
-    )
-    for name in wanted + unwanted:
-        assert any(fnmatch(name, pattern) for pattern in patterns) == (name in wanted), name
+
+def test_without_a_network(tmp_path, monkeypatch):
+    """What an earlier download left is found; where there is none, the reason is the hub's."""
+    hub = Hub(monkeypatch, tmp_path, None)
+    assert locate("some/model", hub_files=partial(pipeline_files, variant="fp16")) == tmp_path
+    assert hub.fetched(WANTED) == WANTED and not hub.fetched(UNWANTED[1:])
+    Hub(monkeypatch, None, None)
     with pytest.raises(UserError, match=r"'some/thing'.*\(no network\)"):
         locate("some/thing")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model_index.json", "unet/diffusion_pytorch_model.fp16.safetensors"], "set pretrained.variant='fp16'"),
+        (["model_index.json", "vae/diffusion_pytorch_model.bin"], "diffusion_pytorch_model.bin is a pickle, which can"),
+        (["README.md", "dream.safetensors"], "from_single_file"),
+    ],
+    ids=["another variant", "pickles", "a single file"],
+)
+def test_a_repository_that_cannot_be_read_is_not_fetched(tmp_path, monkeypatch, names, message):
+    hub = Hub(monkeypatch, tmp_path, names)
+    with pytest.raises(UserError, match=message):
+        locate("some/model")
+    assert not hub.asked
+
+
+def test_a_folder_with_a_single_file_alone(tmp_path):
+    (tmp_path / "dream.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"dream\.safetensors: .*from_single_file"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "latent"), [("sd15", 64), ("sd21", 96), ("sdxl", 128)])

@@ -100,7 +100,8 @@ def stand_in(folder):
 def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkeypatch):
     model, pretrained = stand_in(small_folder)
     monkeypatch.setattr(stable_diffusion, "load", lambda source, **settings: (model, pretrained))
-    monkeypatch.setattr(stable_diffusion, "read_denoiser", lambda source: pretrained.denoiser)
+    for name in ("read_denoiser", "denoiser_shapes"):
+        monkeypatch.setattr(stable_diffusion, name, lambda source: pretrained.denoiser)
     config, workdir = load(recipe), tmp_path / run_name(recipe)
     changes = {
         **SHRUNK,

@@ -229,6 +229,8 @@ def truncated_model(folder, tmp_path):
         ({"train.learnin_rate": 1}, 2, "did you mean --config.train.learning_rate?"),
         ({"sample.num_steps": "many"}, 2, "many"),
         ({"sample.eta": 0.0}, 2, "sample.eta=0"),
+        ({"train.clip_range": float("nan")}, 2, "train.clip_range=nan: expected a finite number"),
+        ({"train.adam_weight_decay": -5.0}, 2, "train.adam_weight_decay=-5.0: expected 0 or more"),
         ({"train.min_timestep": 900}, 2, "train.min_timestep=900: expected at most"),
         ({"train.min_timestep": -1}, 2, "train.min_timestep=-1: expected 0 or more"),
         (empty_prompts, 2, "no prompt in it"),

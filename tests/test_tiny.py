@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ddpo_jax.models import stable_diffusion
-from ddpo_jax.models.folder import TINY, WEIGHTS, write_json
+from ddpo_jax.models.folder import WEIGHTS, write_json
+from ddpo_jax.models.locate import TINY
 from ddpo_jax.tiny import card, judge, pictures, publish, samples, vae
 from ddpo_jax.tiny.fit import rendered
 from ddpo_jax.tiny.render import ANIMALS, PROMPTS, animal_of, portrait, render

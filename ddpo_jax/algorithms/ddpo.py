@@ -149,7 +149,8 @@ def _algorithm(
         sample, step = rows[:, 0], rows[:, 1]
         trajectory = batch.trajectory
         x_t, x_next = trajectory.x[sample, step], trajectory.x[sample, step + 1]
-        t, t_next = trajectory.t[sample, step], trajectory.t[sample, step + 1]
+        t = trajectory.t[sample, step]
+        t_next = parts.policy.after(t)
         cond = jax.tree.map(lambda x: x[sample], batch.cond)
 
         p = parts.policy.transition(params, x_t, t, t_next, cond, frozen.uncond)

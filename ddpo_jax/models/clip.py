@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, number
 from ddpo_jax.models.layers import Dtype, activation, attend, layer_norm
 
 # The pixel statistics that every published CLIP uses; the tiny one keeps them, so that one processor serves all.
@@ -51,19 +51,17 @@ class CLIPConfig(NamedTuple):
 
 def tower_config(fields: Mapping[str, Any], *, heads: int) -> TowerConfig:
     config = TowerConfig(
-        width=fields["hidden_size"],
-        mlp_width=fields["intermediate_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields.get("num_attention_heads", heads),
+        width=number(fields, "hidden_size"),
+        mlp_width=number(fields, "intermediate_size"),
+        num_layers=number(fields, "num_hidden_layers"),
+        num_heads=number(fields, "num_attention_heads", heads),
         activation=fields.get("hidden_act", "quick_gelu"),
-        epsilon=fields.get("layer_norm_eps", 1e-5),
+        epsilon=number(fields, "layer_norm_eps", 1e-5, kind=float),
     )
     if config.activation not in ("quick_gelu", "gelu"):
-        raise UserError(f"CLIP config: hidden_act={config.activation!r} is not supported; expected quick_gelu or gelu")
+        raise UserError(f"hidden_act={config.activation!r} is not supported; expected quick_gelu or gelu")
     if config.width % config.num_heads:
-        raise UserError(
-            f"CLIP config: hidden_size={config.width} must be divisible by num_attention_heads={config.num_heads}"
-        )
+        raise UserError(f"hidden_size={config.width} must be divisible by num_attention_heads={config.num_heads}")
     return config
 
 
@@ -74,10 +72,10 @@ def text_config(fields: Mapping[str, Any], *, projects: bool = False) -> TextCon
     """
     return TextConfig(
         tower=tower_config(fields, heads=8),
-        vocab_size=fields.get("vocab_size", 49408),
-        max_length=fields.get("max_position_embeddings", 77),
-        eos_token_id=fields.get("eos_token_id", 49407),
-        projection_dim=fields.get("projection_dim", 512) if projects else None,
+        vocab_size=number(fields, "vocab_size", 49408),
+        max_length=number(fields, "max_position_embeddings", 77),
+        eos_token_id=number(fields, "eos_token_id", 49407, above=-1),
+        projection_dim=number(fields, "projection_dim", 512) if projects else None,
     )
 
 
@@ -88,10 +86,10 @@ def clip_config(fields: Mapping[str, Any]) -> CLIPConfig:
         text=text_config(fields["text_config"]),
         vision=VisionConfig(
             tower=tower_config(vision, heads=12),
-            image_size=vision.get("image_size", 224),
-            patch_size=vision.get("patch_size", 32),
+            image_size=number(vision, "image_size", 224),
+            patch_size=number(vision, "patch_size", 32),
         ),
-        projection_dim=fields.get("projection_dim", 512),
+        projection_dim=number(fields, "projection_dim", 512),
     )
 
 

@@ -21,7 +21,6 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.types import PyTree
 
 ASSETS = Path(__file__).parents[1] / "assets"
-TINY, TINY_CLIP = ASSETS / "tiny-sd", ASSETS / "tiny-clip"
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -30,73 +29,10 @@ STEMS = {
     "text_encoder_2": "model",
 }
 WEIGHTS = {part: f"{stem}.safetensors" for part, stem in STEMS.items()}
-CLIP_FILES = ("*.json", "merges.txt", "model.safetensors", "model-?????-of-?????.safetensors")
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
 MAPPED_BYTES = 2**27  # of a file that are in memory at a time, so that a large file does not fill it
-
-
-def pipeline_files(variant: str = "") -> tuple[str, ...]:
-    """What is asked of the hub for a pipeline: safetensors of this variant, JSON and tokenizer files only."""
-    dot = f".{variant}" if variant else ""
-    weights = (
-        f"{part}/{stem}{name}.safetensors"
-        for part, stem in STEMS.items()
-        for name in (dot, f"{dot}-?????-of-?????", f"-?????-of-?????{dot}")
-    )
-    return ("*.json", "*/*.json", "*/merges.txt", *dict.fromkeys(weights))
-
-
-def locate(
-    source: str,
-    *,
-    field: str = "pretrained.model",
-    tiny: Path = TINY,
-    hub_files: Sequence[str] = pipeline_files(),
-    revision: str = "",
-) -> Path:
-    """The local folder of a model: `tiny`, a path, or a hub id. `field` is the config's, for errors.
-
-    revision: a branch, tag or commit of the hub; "" is its newest.
-
-    Raises:
-        UserError: there is no such folder, and the hub has none either.
-    """
-    if source == "tiny":
-        return tiny
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(f"{field}={source!r} is a file; {_how_to_convert(path)}")
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"{field}={source!r}: no such folder; expected a model folder, a hub id or 'tiny'")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision or None, allow_patterns=list(hub_files)))
-    except Exception as error:  # huggingface_hub raises many unrelated types for "not reachable" and "not there"
-        at = f" at revision {revision!r}" if revision else ""
-        raise UserError(
-            f"{field}={source!r}: no such folder, and the hub did not give it{at} ({error});"
-            " download it first and give the folder"
-        ) from error
-
-
-def _how_to_convert(path: Path) -> str:
-    if path.suffix == ".safetensors":
-        return (
-            "expected a diffusers folder. Convert it once, where torch is installed:"
-            f" diffusers.StableDiffusionPipeline.from_single_file({str(path)!r}).save_pretrained(FOLDER),"
-            " with StableDiffusionXLPipeline for an XL model, and give FOLDER"
-        )
-    if path.suffix in PICKLES:
-        return (
-            "a pickle, which can run code when it is read, and is never opened. Convert it where you trust it, to a"
-            " diffusers folder in safetensors (save_pretrained with safe_serialization=True), and give the folder"
-        )
-    return "expected a model folder, a hub id or 'tiny'"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,48 +43,78 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; expected a file") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a whole model folder holds it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(fields).__name__}")
     return fields
 
 
-def weight_files(folder: Path, stem: str, variant: str = "") -> tuple[Path, ...]:
-    """The safetensors files of a part: one, or the shards that an index names.
+def parsed(path: Path, parse: Callable, fields: Mapping[str, Any]) -> Any:
+    """parse(fields), of the JSON file at `path`.
 
     Raises:
-        UserError: there are none, or one that the index names is missing.
+        UserError: it cannot be; the message names the file.
     """
-    dot = f".{variant}" if variant else ""
-    single, index = folder / f"{stem}{dot}.safetensors", folder / f"{stem}.safetensors.index{dot}.json"
-    if single.is_file():
-        return (single,)
-    if not index.is_file():
-        raise UserError(f"{single}: no such file{_what_is_there(folder, stem, variant)}")
-    shards = read_json(index).get("weight_map")
-    names = sorted(set(shards.values())) if isinstance(shards, dict) else []
+    try:
+        return parse(fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path}: the field {error} is missing; copy the file anew") from None
+    except Exception as error:  # whatever a value of the wrong kind leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path}: a field has a value of another kind ({reason}); copy the file anew") from None
+
+
+def weight_files(folder: Path, stem: str, variant: str | None = "") -> tuple[Path, ...]:
+    """The safetensors files of a part: the shards that an index names, or one.
+
+    variant: such as "fp16"; a part that does not have it gives its plain files, as in diffusers. None: this model is
+    of those that come in one variant only.
+
+    Raises:
+        UserError: they are not there; pickles are never opened.
+    """
+    names = sorted(path.name for path in folder.glob("*"))
+    found = next(filter(None, (stored_as(names, stem, suffix) for suffix in dict.fromkeys((variant or "", "")))), None)
+    if found is None:
+        raise UserError(f"{folder / stem}.safetensors: no such file{missing(names, stem, variant is not None)}")
+    if not found.endswith(".json"):
+        return (folder / found,)
+    shards = read_json(folder / found).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise UserError(f"{index}: expected a weight_map from tensors to files beside it; copy or download it again")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
         raise UserError(
-            f"{folder / missing[0]}: no such file, and {index.name} names it; copy or download the folder again"
+            f"{folder / found}: expected a weight_map from tensors to files beside it; copy or download it again"
         )
+    names = sorted(set(names))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{folder / absent[0]}: no such file, and {found} names it; copy or download the folder again")
     return tuple(folder / name for name in names)
 
 
-def _what_is_there(folder: Path, stem: str, variant: str) -> str:
-    names = sorted(path.name for path in folder.glob("*"))
-    pattern = re.compile(rf"{stem}(?:\.safetensors\.index)?(?:\.([\w-]+))?\.(?:safetensors|json)")
-    variants = {found[1] or "" for name in names if (found := pattern.fullmatch(name))} - {variant}
-    if variants:
+def stored_as(names: Sequence[str], stem: str, variant: str) -> str | None:
+    """The index or the safetensors file of a variant among a folder's files; the index first, as in diffusers."""
+    dot = f".{variant}" if variant else ""
+    known = (f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors")
+    return next((name for name in known if name in names), None)
+
+
+def missing(names: Sequence[str], stem: str, settable: bool = True) -> str:
+    """What to tell of a folder with these files that lacks its weights. settable: whether a variant can be set."""
+    pattern = re.compile(rf"{stem}(?:\.safetensors\.index)?\.([\w-]+)\.(?:safetensors|json)")
+    variants = {match[1] for name in names if (match := pattern.fullmatch(name))}
+    if variants and settable:
         return f"; there is another: set pretrained.variant={min(variants)!r}"
     pickles = [name for name in names if name.endswith(PICKLES)]
-    reason = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
-    return f"{reason}; save the model with safe_serialization=True"
+    reason = f"; {min(pickles)} is a pickle, which can run code and is never opened" if pickles else ""
+    return f"{reason}; copy or download the folder again, or save the model anew with safe_serialization=True"
 
 
 class _Tensor(NamedTuple):
@@ -228,13 +194,14 @@ def _place(found: list[tuple[_Tensor, Callable]], like: PyTree, put: Callable) -
         with _opened(path) as file:
             for i in portion_of:
                 tensor, turn = found[i]
-                array = file.get_tensor(tensor.name)
+                with np.errstate(over="ignore"):
+                    array = np.asarray(turn(file.get_tensor(tensor.name)), templates[i].dtype, order="C")
                 if not np.isfinite(array).all():
                     raise UserError(
-                        f"{path}: tensor {tensor.name!r} holds values that are not finite; copy or download it again,"
-                        " or save the model from sound weights"
+                        f"{path}: tensor {tensor.name!r} holds values that are not finite in {array.dtype}; copy or"
+                        " download it again, or save the model from sound weights"
                     )
-                arrays[i] = put(np.asarray(turn(array), templates[i].dtype, order="C"))
+                arrays[i] = put(array)
                 jax.block_until_ready(arrays[i])  # a copy that is under way would keep the host's alive
     return jax.tree.unflatten(tree, arrays)
 

@@ -5,7 +5,10 @@ Everything is checked here, before any weights are read.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +17,8 @@ from transformers import CLIPTokenizer
 from ddpo_jax import process
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.clip import TextConfig, text_config
-from ddpo_jax.models.folder import read_json
-from ddpo_jax.models.tokenizer import load_tokenizer
+from ddpo_jax.models.folder import parsed, read_json
+from ddpo_jax.models.tokenizer import check_tokenizer, load_tokenizer
 from ddpo_jax.models.unet import NUM_TIME_IDS, UNetConfig, unet_config
 from ddpo_jax.models.vae import VAEConfig, vae_config
 
@@ -25,7 +28,7 @@ class Pipeline(NamedTuple):
 
     text_encoders: Mapping[str, str]  # folder -> class, in the order in which their contexts are joined
     addition: str | None  # the UNet's addition_embed_type
-    mends_scheduler: bool  # whether the class sets steps_offset 1 and clip_sample false, whatever the folder says
+    mends_old_folders: bool  # whether diffusers' class changes fields of configs that older versions of it wrote
 
 
 PIPELINES = {
@@ -54,43 +57,64 @@ def read_configs(folder: Path) -> Configs:
         UserError: one is missing, or describes another network, or they do not fit together.
     """
     index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
-    if name not in PIPELINES:
+    if str(index.get("_class_name")) not in PIPELINES:
         raise UserError(
-            f"{folder}/model_index.json: {name!r} is not supported; expected {' or '.join(PIPELINES)}"
-            " (of an inpainting, image-to-image or distilled model, give the base model's folder)"
+            f"{folder}/model_index.json: {index.get('_class_name')!r} is not supported; expected"
+            f" {' or '.join(PIPELINES)} (of an inpainting, image-to-image or distilled model, give the base model's"
+            " folder)"
         )
-    pipeline = PIPELINES[name]
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **pipeline.text_encoders}
-    fields = {part: read_json(folder / part / "config.json") for part in classes}
-    for part, expected in classes.items():
-        found = fields[part].get("_class_name") or (fields[part].get("architectures") or [expected])[0]
+    fields = {part: read_json(folder / part / "config.json") for part in classes(index)}
+    for part, expected in classes(index).items():
+        named = fields[part].get("_class_name") or fields[part].get("architectures") or expected
+        found = named[0] if isinstance(named, list) else named
         if found != expected:
-            raise UserError(f"{folder}/{part}/config.json: class {found!r} is not supported; expected {expected}")
-    try:
-        configs = Configs(
-            pipeline=name,
-            text={
-                part: _of(part, lambda part=part, kind=kind: text_config(fields[part], projects="Projection" in kind))
-                for part, kind in pipeline.text_encoders.items()
-            },
-            unet=_of("unet", lambda: unet_config(fields["unet"])),
-            vae=_of("vae", lambda: vae_config(fields["vae"])),
-            zero_uncond=pipeline.addition is not None and index.get("force_zeros_for_empty_prompt", True),
-        )
-    except UserError as error:
-        raise UserError(f"{folder}/{error}") from None
+            raise UserError(
+                f"{folder}/{part}/config.json: class {found!r} is not supported; expected {expected}, of a Stable"
+                " Diffusion 1.x, 2.x or XL base model"
+            )
+    configs = parse_configs(index, fields, folder=folder)
     _check_fit(folder, configs)
     return configs
 
 
-def _of(part: str, parse: Callable) -> Any:
-    try:
-        return parse()
-    except KeyError as error:
-        raise UserError(f"{part}/config.json: the field {error} is missing; copy the file anew") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{part}/config.json: a field has a value of another kind ({error})") from None
+def classes(index: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each network of a parsed model_index.json, by its folder."""
+    text = PIPELINES[index["_class_name"]].text_encoders
+    return {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **text}
+
+
+def parse_configs(
+    index: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]], *, folder: Path = Path()
+) -> Configs:
+    """The configurations of a parsed model_index.json and the parsed config.json of each part. `folder` is for errors.
+
+    Raises:
+        UserError: one describes another network.
+    """
+    pipeline = PIPELINES[index["_class_name"]]
+
+    def of(part: str, parse: Callable) -> Any:
+        return parsed(folder / part / "config.json", parse, fields[part])
+
+    unet = of("unet", unet_config)
+    if pipeline.mends_old_folders and unet.latent_size < 64 and _version(fields["unet"]) < (0, 9):
+        unet = unet._replace(latent_size=64)
+    return Configs(
+        pipeline=index["_class_name"],
+        text={
+            part: of(part, partial(text_config, projects="Projection" in kind))
+            for part, kind in pipeline.text_encoders.items()
+        },
+        unet=unet,
+        vae=of("vae", vae_config),
+        zero_uncond=pipeline.addition is not None and index.get("force_zeros_for_empty_prompt", True),
+    )
+
+
+def _version(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """(major, minor) of the diffusers that wrote a config; that of today if it does not say."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(fields.get("_diffusers_version")))
+    return tuple(map(int, numbers.groups())) if numbers else (sys.maxsize,)
 
 
 def read_tokenizers(folder: Path, configs: Configs) -> tuple[CLIPTokenizer, ...]:
@@ -103,12 +127,7 @@ def read_tokenizers(folder: Path, configs: Configs) -> tuple[CLIPTokenizer, ...]
     for part, config in configs.text.items():
         path = folder / TOKENIZERS[part]
         tokenizer = load_tokenizer(path)
-        length, vocab_size = tokenizer.model_max_length, len(tokenizer)
-        if length > config.max_length or vocab_size > config.vocab_size:
-            raise UserError(
-                f"{path}: the tokenizer makes up to {length} tokens out of {vocab_size}, but {part}/config.json reads"
-                f" {config.max_length} out of {config.vocab_size}; copy the tokenizer anew"
-            )
+        check_tokenizer(tokenizer, path, f"{part}/config.json", config.max_length, config.vocab_size)
         tokenizers.append(tokenizer)
     if len({tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
         raise UserError(f"{folder}: the tokenizers make different numbers of tokens; copy both folders anew")
@@ -153,14 +172,11 @@ def read_schedule(folder: Path, pipeline: str) -> process.NoiseSchedule:
         UserError: the file is missing, or DDIM cannot sample what it describes.
     """
     path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        return process.noise_schedule(schedule_fields(folder, pipeline))
-    except UserError as error:
-        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+    return parsed(path, process.noise_schedule, schedule_fields(folder, pipeline))
 
 
 def schedule_fields(folder: Path, pipeline: str) -> dict[str, Any]:
     """scheduler_config.json, with what the pipeline class changes in it before it samples."""
     fields = read_json(folder / "scheduler" / "scheduler_config.json")
-    # diffusers' StableDiffusionPipeline takes other values for those of folders older than the fields.
-    return fields | ({"clip_sample": False, "steps_offset": 1} if PIPELINES[pipeline].mends_scheduler else {})
+    # diffusers' StableDiffusionPipeline sets these two whatever the folder says: in old ones they are wrong.
+    return fields | ({"clip_sample": False, "steps_offset": 1} if PIPELINES[pipeline].mends_old_folders else {})

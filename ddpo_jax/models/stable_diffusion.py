@@ -19,12 +19,11 @@ from ddpo_jax.models.clip import CLIPTextModel
 from ddpo_jax.models.folder import (
     STEMS,
     check_weights,
-    locate,
     on_host,
-    pipeline_files,
     read_weights,
     weight_files,
 )
+from ddpo_jax.models.locate import locate_pipeline
 from ddpo_jax.models.pipeline import Configs, read_configs, read_schedule, read_tokenizers
 from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.models.unet import NUM_TIME_IDS, REMAT, UNet2DConditionModel
@@ -78,16 +77,15 @@ def load(
     """
     if remat not in REMAT:
         raise UserError(f"train.remat={remat!r}: expected one of {', '.join(REMAT)}")
-    folder = locate(model, hub_files=pipeline_files(variant), revision=revision)
+    folder = locate_pipeline(model, variant=variant, revision=revision)
     configs = read_configs(folder)
     noise = process.ddim(read_schedule(folder, configs.pipeline))
     functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat)
     tokenizers = read_tokenizers(folder, configs)
-    vae_dtype = jnp.float32 if configs.vae.force_upcast else dtype
-    shapes = parameter_shapes(configs)
-    like = {part: storage(shapes[part], vae_dtype if part == "vae" else dtype) for part in shapes}
-    like["unet"] = storage(shapes["unet"], dtype, exact=exact)
+    like = stored(configs, dtype, exact=exact)
     files = {part: weight_files(folder / part, STEMS[part], variant) for part in like}
+    if variant and not any(f".{variant}" in path.name for paths in files.values() for path in paths):
+        raise UserError(f"pretrained.variant={variant!r}: no file of {folder} is of it; set another, or ''")
     prefixes = {part: TEXT_PREFIX if part in configs.text else "" for part in like}
     for part in like:  # of all, before gigabytes of the first are read
         check_weights(files[part], like[part], prefix=prefixes[part])
@@ -110,8 +108,13 @@ def freeze(model: Model, pretrained: Pretrained, *, reward: PyTree = ()) -> Froz
 
 def read_denoiser(source: Source) -> PyTree:
     """The denoiser's parameters as they are in the files, in float32 on the host."""
-    shapes = parameter_shapes(read_configs(source.folder))["unet"]
+    shapes = denoiser_shapes(source)
     return read_weights(weight_files(source.folder / "unet", STEMS["unet"], source.variant), shapes, put=on_host)
+
+
+def denoiser_shapes(source: Source) -> PyTree:
+    """The denoiser's parameters, as float32 shapes."""
+    return parameter_shapes(read_configs(source.folder))["unet"]
 
 
 def make_model(
@@ -120,7 +123,7 @@ def make_model(
     """The pure functions of a Stable Diffusion with these configurations."""
     encoders = {part: CLIPTextModel(config, dtype) for part, config in configs.text.items()}
     unet = UNet2DConditionModel(configs.unet, dtype, remat)
-    vae = AutoencoderKL(configs.vae, jnp.float32 if configs.vae.force_upcast else dtype)
+    vae = AutoencoderKL(configs.vae, vae_dtype(configs, dtype))
     scale = configs.vae.scaling_factor
     shape = latent_shape(configs, resolution)
     side = shape[0] * configs.vae.reduction
@@ -195,6 +198,21 @@ def parameter_shapes(configs: Configs) -> dict[str, PyTree]:
     }
 
 
+def vae_dtype(configs: Configs, dtype: DTypeLike) -> DTypeLike:
+    """What the VAE computes in where the rest computes in `dtype`."""
+    return jnp.float32 if configs.vae.force_upcast else dtype
+
+
+def stored(configs: Configs, dtype: DTypeLike, *, exact: Callable[[str], bool] = nothing) -> dict[str, PyTree]:
+    """The parameter trees of the networks, as shapes in the dtypes that they are kept in, by their folder's name."""
+    shapes = parameter_shapes(configs)
+    return {
+        **{part: storage(shapes[part], dtype) for part in configs.text},
+        "unet": storage(shapes["unet"], dtype, exact=exact),
+        "vae": storage(shapes["vae"], vae_dtype(configs, dtype)),
+    }
+
+
 def storage(shapes: PyTree, dtype: DTypeLike, *, exact: Callable[[str], bool] = nothing) -> PyTree:
     """`shapes` in the dtypes that parameters are kept in: kernels and embeddings in `dtype`, all else in float32.
 
@@ -203,11 +221,11 @@ def storage(shapes: PyTree, dtype: DTypeLike, *, exact: Callable[[str], bool] = 
     those that something small is added to.
     """
 
-    def stored(path, leaf):
+    def kept_as(path, leaf):
         kept = len(leaf.shape) < 2 or exact("/".join(leaf_path(path)))
         return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if kept else dtype)
 
-    return jax.tree_util.tree_map_with_path(stored, shapes)
+    return jax.tree_util.tree_map_with_path(kept_as, shapes)
 
 
 def text_name(name: str) -> str:

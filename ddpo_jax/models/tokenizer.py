@@ -32,7 +32,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{folder}: not a CLIP tokenizer ({type(error).__name__}: {error})") from error
-    if tokenizer.model_max_length > LONGEST:
+    if not isinstance(tokenizer.model_max_length, int) or not 0 < tokenizer.model_max_length <= LONGEST:
         raise UserError(f"{folder}/tokenizer_config.json: expected model_max_length, such as 77; copy the file anew")
     return tokenizer
 
@@ -47,6 +47,15 @@ def _check_whole(vocab: Path, merges: Path) -> None:
         raise UserError(f"{vocab.parent}: not a CLIP tokenizer ({error})") from None
     if num_merges < num_entries - 514:
         raise UserError(f"{merges}: {num_merges} merges; {vocab.name} expects {num_entries - 514}. Copy the file anew")
+
+
+def check_tokenizer(tokenizer: CLIPTokenizer, path: Path, config: str, max_length: int, vocab_size: int) -> None:
+    """Raises UserError if it makes tokens that the text encoder described in `config` does not know."""
+    if tokenizer.model_max_length > max_length or len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer makes up to {tokenizer.model_max_length} tokens out of {len(tokenizer)}, but"
+            f" {config} reads {max_length} out of {vocab_size}; copy the tokenizer anew"
+        )
 
 
 def tokenize_all(tokenizers: Sequence[CLIPTokenizer], texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:

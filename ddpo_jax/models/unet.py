@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, number, numbers
 from ddpo_jax.models.layers import Dtype, ResnetBlock, SpatialTransformer, Upsample, conv, group_norm
 
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # block type -> whether it attends to the text
@@ -33,6 +33,7 @@ FIXED = {
     "encoder_hid_dim_type": (None,),
     "mid_block_scale_factor": (1, 1.0),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),  # what attention_head_dim says; diffusers refuses it
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
     "resnet_out_scale_factor": (1, 1.0),
@@ -85,55 +86,47 @@ def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
     for field, allowed in FIXED.items():
         if fields.get(field, allowed[0]) not in allowed:
             raise UserError(
-                f"unet/config.json: {field}={fields[field]!r} is not supported; expected {allowed[0]!r}"
+                f"{field}={fields[field]!r} is not supported; expected {allowed[0]!r}"
                 " (Stable Diffusion 1.x, 2.x and XL base)"
             )
     addition = fields.get("addition_embed_type")
     if addition not in ADDITION_EMBED_TYPES:
-        raise UserError(
-            f"unet/config.json: addition_embed_type={addition!r} is not supported; expected null or 'text_time'"
-        )
-    channels = tuple(fields["block_out_channels"])
+        raise UserError(f"addition_embed_type={addition!r} is not supported; expected null or 'text_time'")
+    channels = numbers(fields, "block_out_channels")
     # diffusers' quirk: SD 1.x writes the *number* of heads under attention_head_dim.
-    heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
+    heads = fields.get("attention_head_dim", 8)
     try:
         down = tuple(DOWN[kind] for kind in fields["down_block_types"])
         up = tuple(UP[kind] for kind in fields["up_block_types"])
     except KeyError as error:
-        raise UserError(f"unet/config.json: block type {error} is not one of {[*DOWN, *UP]}") from None
+        raise UserError(f"block type {error} is not one of {[*DOWN, *UP]}") from None
     for field, kinds in (("down_block_types", down), ("up_block_types", up)):
         if len(kinds) != len(channels):
-            raise UserError(
-                f"unet/config.json: {field} has {len(kinds)} entries; expected {len(channels)}, one a block"
-            )
-    if not isinstance(fields["sample_size"], int):
-        raise UserError(
-            f"unet/config.json: sample_size={fields['sample_size']!r}; expected the side of a square latent"
-        )
+            raise UserError(f"{field} has {len(kinds)} entries; expected {len(channels)}, one a block")
     config = UNetConfig(
-        in_channels=fields["in_channels"],
-        out_channels=fields["out_channels"],
-        latent_size=fields["sample_size"],
+        in_channels=number(fields, "in_channels"),
+        out_channels=number(fields, "out_channels"),
+        latent_size=number(fields, "sample_size"),
         block_out_channels=channels,
         layers_per_block=_each(fields.get("layers_per_block", 2), len(channels)),
         num_heads=_each(heads, len(channels)),
         num_transformer_blocks=_each(fields.get("transformer_layers_per_block", 1), len(channels)),
         down_attends=down,
         up_attends=up,
-        cross_attention_dim=fields["cross_attention_dim"],
-        num_groups=fields.get("norm_num_groups", 32),
-        epsilon=fields.get("norm_eps", 1e-5),
+        cross_attention_dim=number(fields, "cross_attention_dim"),
+        num_groups=number(fields, "norm_num_groups", 32),
+        epsilon=number(fields, "norm_eps", 1e-5, kind=float),
         flip_sin_to_cos=fields.get("flip_sin_to_cos", True),
-        freq_shift=float(fields.get("freq_shift", 0)),
+        freq_shift=float(number(fields, "freq_shift", 0, kind=float, above=-1)),
         linear_projection=fields.get("use_linear_projection", False),
-        time_id_size=fields["addition_time_embed_dim"] if addition else None,
-        added_size=fields["projection_class_embeddings_input_dim"] if addition else 0,
+        time_id_size=number(fields, "addition_time_embed_dim") if addition else None,
+        added_size=number(fields, "projection_class_embeddings_input_dim") if addition else 0,
     )
     for i, (width, count) in enumerate(zip(channels, config.num_heads, strict=True)):
         attends = down[i] or up[-1 - i] or i == len(channels) - 1
         if width % config.num_groups or (attends and width % count):
             raise UserError(
-                f"unet/config.json: block_out_channels[{i}]={width} must be divisible by norm_num_groups="
+                f"block_out_channels[{i}]={width} must be divisible by norm_num_groups="
                 f"{config.num_groups} and by the number of heads {count}"
             )
     return config
@@ -142,9 +135,9 @@ def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
 def _each(value: Any, count: int) -> tuple[int, ...]:
     values = (value,) * count if isinstance(value, int) else tuple(value)
     if len(values) != count:
-        raise UserError(f"unet/config.json: {list(values)} has {len(values)} entries; expected {count}, one a block")
+        raise UserError(f"{list(values)} has {len(values)} entries; expected {count}, one a block")
     if not all(isinstance(entry, int) and entry > 0 for entry in values):
-        raise UserError(f"unet/config.json: {list(values)}: expected one positive whole number a block")
+        raise UserError(f"{list(values)}: expected one positive whole number a block")
     return values
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, number, numbers
 from ddpo_jax.models.layers import Dtype, ResnetBlock, Upsample, attend, conv, group_norm
 
 EPSILON = 1e-6  # of every GroupNorm in diffusers' autoencoder; not in its config
@@ -35,7 +35,7 @@ class VAEConfig(NamedTuple):
     latent_channels: int
     num_groups: int
     scaling_factor: float
-    force_upcast: bool  # half precision overflows: compute in float32 whatever the rest computes in
+    force_upcast: bool  # compute in float32 whatever the rest computes in: in float16 XL's activations overflow
 
     @property
     def reduction(self) -> int:
@@ -50,23 +50,24 @@ def vae_config(fields: Mapping[str, Any]) -> VAEConfig:
         UserError: a field asks for a network that this one is not.
     """
     kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    channels = numbers(fields, "block_out_channels")
     for field, kind in kinds.items():
-        if set(fields[field]) != {kind}:
-            raise UserError(f"vae/config.json: {field}={fields[field]!r} is not supported; expected only {kind!r}")
+        if list(fields[field]) != [kind] * len(channels):
+            raise UserError(f"{field}={fields[field]!r} is not supported; expected {kind!r} for each width")
     for field, allowed in FIXED.items():
         if fields.get(field, allowed[0]) not in allowed:
-            raise UserError(f"vae/config.json: {field}={fields[field]!r} is not supported; expected {allowed[0]!r}")
+            raise UserError(f"{field}={fields[field]!r} is not supported; expected {allowed[0]!r}")
     config = VAEConfig(
-        block_out_channels=tuple(fields["block_out_channels"]),
-        layers_per_block=fields.get("layers_per_block", 1),
-        latent_channels=fields["latent_channels"],
-        num_groups=fields.get("norm_num_groups", 32),
-        scaling_factor=fields.get("scaling_factor", 0.18215),
+        block_out_channels=channels,
+        layers_per_block=number(fields, "layers_per_block", 1),
+        latent_channels=number(fields, "latent_channels"),
+        num_groups=number(fields, "norm_num_groups", 32),
+        scaling_factor=number(fields, "scaling_factor", 0.18215, kind=float),
         force_upcast=bool(fields.get("force_upcast", False)),
     )
     if any(width % config.num_groups for width in config.block_out_channels):
         raise UserError(
-            f"vae/config.json: block_out_channels={list(config.block_out_channels)} must be divisible by"
+            f"block_out_channels={list(config.block_out_channels)} must be divisible by"
             f" norm_num_groups={config.num_groups}"
         )
     return config

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int, Int32
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.clip import MEAN, STD, CLIPConfig, CLIPModel, clip_config
-from ddpo_jax.models.folder import CLIP_FILES, TINY_CLIP, locate, read_json, read_weights, weight_files
-from ddpo_jax.models.tokenizer import load_tokenizer, tokenize
+from ddpo_jax.models.folder import parsed, read_json, read_weights, weight_files
+from ddpo_jax.models.locate import TINY_CLIP, clip_files, locate
+from ddpo_jax.models.tokenizer import check_tokenizer, load_tokenizer, tokenize
 from ddpo_jax.types import Prompts, PyTree
 
 
@@ -63,19 +64,15 @@ def load(source: str) -> LoadedCLIP:
         raise UserError(
             "reward.clip_model='': clip_score needs a CLIP; give a folder as transformers saves it, a hub id, or tiny"
         )
-    folder = locate(source, field="reward.clip_model", tiny=TINY_CLIP, hub_files=CLIP_FILES)
+    folder = locate(source, field="reward.clip_model", tiny=TINY_CLIP, hub_files=clip_files)
     module = CLIPModel(read_config(folder))
     config = module.config
     tokens = jnp.zeros((1, config.text.max_length), jnp.int32)
     pixels = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens, pixels)["params"]
     tokenizer = load_tokenizer(folder)
-    if tokenizer.model_max_length > config.text.max_length or len(tokenizer) > config.text.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer makes up to {tokenizer.model_max_length} tokens out of {len(tokenizer)}, but"
-            f" config.json reads {config.text.max_length} out of {config.text.vocab_size}; copy the tokenizer anew"
-        )
-    params = read_weights(weight_files(folder, "model"), shapes)
+    check_tokenizer(tokenizer, folder, "config.json", config.text.max_length, config.text.vocab_size)
+    params = read_weights(weight_files(folder, "model", None), shapes)
     return LoadedCLIP(module, params, lambda texts: tokenize(tokenizer, texts))
 
 
@@ -85,10 +82,7 @@ def read_config(folder: Path) -> CLIPConfig:
         raise UserError(
             f"{folder}/config.json: model_type {fields.get('model_type')!r} is not supported; expected 'clip'"
         )
-    try:
-        return clip_config(fields)
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json lacks the field {error}") from None
+    return parsed(folder / "config.json", clip_config, fields)
 
 
 def preprocess(images: Float[Array, "b H W 3"], size: int) -> Float[Array, "b size size 3"]:

@@ -13,7 +13,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ddpo_jax.models.convnet import ConvNet
-from ddpo_jax.models.folder import TINY, read_json, read_weights, write_json, write_weights
+from ddpo_jax.models.folder import read_json, read_weights, write_json, write_weights
+from ddpo_jax.models.locate import TINY
 from ddpo_jax.tiny.fit import fit, rendered
 from ddpo_jax.tiny.render import ANIMALS, RESOLUTION, animal_of
 from ddpo_jax.types import PyTree

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ddpo_jax.models.folder import TINY
+from ddpo_jax.models.locate import TINY
 from ddpo_jax.tiny import clip, judge, unet, vae
 from ddpo_jax.tiny.publish import publish
 

@@ -58,14 +58,14 @@ def test_timesteps(spacing, steps_offset):
         np.testing.assert_array_equal(ours.timesteps(num_steps), [*t, t_prev[-1]], err_msg=f"{num_steps} steps")
 
 
-@pytest.mark.parametrize("num_steps", [10, 20, 50])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_steps_end_where_the_next_begins(num_steps, spacing):
-    """So that consecutive timesteps are diffusers' own pairs (t, t_prev). With "linspace" diffusers' are not."""
+@pytest.mark.parametrize("num_steps", [7, 9, 10, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_steps_end_where_diffusers_ends_them(num_steps, spacing):
+    """Also where the next one begins elsewhere."""
     ours, theirs = pair(timestep_spacing=spacing, steps_offset=1)
     t, t_prev = diffusers_chain(theirs, num_steps)
     np.testing.assert_array_equal(ours.timesteps(num_steps)[:-1], t)
-    np.testing.assert_array_equal(ours.timesteps(num_steps)[1:], t_prev)
+    np.testing.assert_array_equal(ours.after(jnp.float32(t), num_steps), t_prev)
 
 
 @pytest.mark.parametrize("num_steps", [10, 20, 50])

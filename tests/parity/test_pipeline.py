@@ -15,6 +15,7 @@ from ddpo_jax import finetune
 from ddpo_jax.diffusers_folder import LORA_WEIGHTS, export
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
+from ddpo_jax.models.folder import WEIGHTS
 from ddpo_jax.models.pipeline import TOKENIZERS
 from ddpo_jax.models.stable_diffusion import freeze, read_denoiser
 from ddpo_jax.models.tokenizer import load_tokenizer, tokenize, tokenize_all
@@ -160,7 +161,11 @@ def test_what_diffusers_saves(saved, guidance_scale):
     check_same_pictures(saved, open_pipeline(saved), guidance_scale)
 
 
-@pytest.mark.parametrize("scheduler", [PNDM | {"clip_sample": False}, EULER], ids=["PNDM", "Euler"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [PNDM | {"clip_sample": False}, EULER, *(EULER | {"timestep_spacing": name} for name in ("linspace", "trailing"))],
+    ids=["PNDM", "Euler", "linspace", "trailing"],
+)
 def test_another_scheduler_gives_its_schedule_alone(saved, scheduler):
     scheduler = scheduler | {"prediction_type": json.loads((saved / SCHEDULER).read_text())["prediction_type"]}
     edit_json(saved / "model_index.json", scheduler=["diffusers", scheduler["_class_name"]])
@@ -299,13 +304,64 @@ def test_values_that_half_precision_cannot_hold_are_refused(tmp_path):
 def test_an_export_replaces_only_an_export(tmp_path):
     source, folder = write_folder(tmp_path / "source"), tmp_path / "exported"
     _, pretrained = stable_diffusion.load(str(source), dtype=jnp.float32)
-    for target in (source, tmp_path):
-        with pytest.raises(UserError, match="holds other files"):
+    mine = {"clone/README.md": "# ddpo_jax", "exported.new/a": "1", "exported.old/b": "2", ".exported.c": "3"}
+    for name, text in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for target, what in (
+        (source, "a model that no export wrote"),
+        (tmp_path, "other files"),
+        (tmp_path / "clone", "a mo"),
+    ):
+        with pytest.raises(UserError, match=f"holds {what}"):
             export(pretrained.source, target, pretrained.denoiser, about=ABOUT)
-    for name in ("first", "second"):
-        export(pretrained.source, folder, pretrained.denoiser, about=ABOUT | {"name": name})
+    (tmp_path / "link").symlink_to(folder)
+    for name, target in (("first", folder), ("second", folder), ("third", tmp_path / "link")):
+        export(pretrained.source, target, pretrained.denoiser, about=ABOUT | {"name": name})
         assert f"# {name}" in (folder / "README.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "source"]
+    assert (tmp_path / "link").is_symlink()
+    (folder / "thesis.tex").write_text("all of it")
+    with pytest.raises(UserError, match=r"holds other files, such as thesis\.tex"):
+        export(pretrained.source, folder, pretrained.denoiser, about=ABOUT)
+    assert (folder / "thesis.tex").read_text() == "all of it"
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+    left = {path.name for path in tmp_path.iterdir()} - {name.partition("/")[0] for name in mine}
+    assert left == {"exported", "link", "source"}
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_broken_part_is_not_exported(tmp_path, part):
+    """Not even one that training never reads; and nothing is left of the attempt."""
+    source, folder = write_folder(tmp_path / "source"), tmp_path / "exported"
+    _, pretrained = stable_diffusion.load(str(source), dtype=jnp.float32)
+    (path,) = (source / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = max(tensors)
+    for broken, what in (
+        ({**tensors, name: np.full_like(tensors[name], np.nan)}, "not finite"),
+        ({key: value for key, value in tensors.items() if key != name}, "is missing"),
+    ):
+        save_file(broken, path)
+        with pytest.raises(UserError, match=what) as raised:
+            export(pretrained.source, folder, pretrained.denoiser, about=ABOUT)
+        assert str(path) in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_vae_of_old_times_is_exported_in_today_s_form(tmp_path):
+    """Old names and 1x1 convolutions for linear layers, which diffusers no longer reads."""
+    source, folder = write_folder(tmp_path / "source"), tmp_path / "exported"
+    path = source / "vae" / WEIGHTS["vae"]
+    tensors = load_file(path)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        for side in ("encoder", "decoder"):
+            key = f"{side}.mid_block.attentions.0.{new}"
+            tensors[f"{side}.mid_block.attentions.0.{old}.weight"] = tensors.pop(f"{key}.weight")[:, :, None, None]
+            tensors[f"{side}.mid_block.attentions.0.{old}.bias"] = tensors.pop(f"{key}.bias")
+    save_file(tensors, path)
+    _, pretrained = stable_diffusion.load(str(source), dtype=jnp.float32)
+    export(pretrained.source, folder, pretrained.denoiser, about=ABOUT)
+    check_same_pictures(source, open_pipeline(folder))
 
 
 @pytest.mark.parametrize("files", [("vocab.json", "merges.txt"), ("tokenizer.json",)], ids=["pair", "single"])

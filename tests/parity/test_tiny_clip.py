@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ddpo_jax.models.clip import MEAN, STD, CLIPModel, clip_config
-from ddpo_jax.models.folder import TINY, read_json, read_weights
+from ddpo_jax.models.folder import read_json, read_weights
+from ddpo_jax.models.locate import TINY
 from ddpo_jax.tiny.fit import rendered
 
 with warnings.catch_warnings():  # what these warn about on import is not ours to fix
