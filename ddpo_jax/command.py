@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping
 
@@ -36,7 +35,6 @@ def base_of(flags: argparse.Namespace) -> dict[str, str]:
 def quieten() -> None:
     """Keeps libraries from telling what no user needs."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not missed: tokenizers only
 
 
 def run_command(
