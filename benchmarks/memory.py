@@ -35,6 +35,7 @@ from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.models.stable_diffusion import make_model, stored
 from ddpo_jax.models.unet import REMAT
 from ddpo_jax.policy import make_policy, make_sampler
+from ddpo_jax.sharding import make_layout
 from ddpo_jax.types import Frozen, TrainState, Trajectory
 from ddpo_jax.update import MicroBatch, make_update
 
@@ -68,13 +69,14 @@ class Row(NamedTuple):
 def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int, sharding: Any) -> Row:
     """What one run needs."""
     begin = time.monotonic()
+    layout = make_layout(devices=list(sharding.device_set))
     configs = read_configs(name)
     noise = process.ddim(process.noise_schedule(SCHEDULER | {"prediction_type": FAMILIES[name].prediction_type}))
     model = make_model(configs, noise, dtype=jnp.bfloat16, resolution=pixels, remat=remat)
     policy = make_policy(model, num_steps=NUM_STEPS, eta=1.0, guidance_scale=5.0)
     tuning = finetune.full() if trains == "full" else finetune.lora(rank=RANK, alpha=float(RANK))
     algorithm = ddpo.importance_sampling(
-        Parts(model, policy, None, None, None, 1),
+        Parts(model, policy, None, None, None, layout, 1),
         scoring=ddpo.Scoring(whiten(), np.ones(1, np.float32), adv_clip_max=5.0, max_missing=0.1),
         num_updates=4,
         clip_range=1e-4,
@@ -95,7 +97,7 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int
         num_warmup_steps=0,
         num_decay_steps=0,
     )
-    update = make_update(algorithm, tuning, tx, ema_decay=0.0)
+    update = make_update(algorithm, tuning, tx, ema_decay=0.0, layout=layout)
 
     shapes = stored(configs, jnp.bfloat16, exact=tuning.changes)
     denoiser, vae, text = shapes["unet"], shapes["vae"], {part: shapes[part] for part in configs.text}
@@ -108,7 +110,7 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int
     micro_batch = MicroBatch(np.zeros((1, 2), np.int32), np.ones(1, np.float32))
     key = jax.random.key(0)
     total = jax.eval_shape(update.zero, params, frozen, batch, micro_batch, key)
-    sampler = make_sampler(model, policy, tuning.merge)
+    sampler = make_sampler(model, policy, tuning.merge, layout=layout)
 
     def temporary(program, *inputs) -> int:
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)

@@ -32,6 +32,18 @@ def get_config() -> ConfigDict:
     # Project on Weights & Biases (pip install 'ddpo_jax[wandb]'); "" is off.
     config.wandb_project = ""
 
+    # How the devices are arranged; the product is their number, and -1 takes what the others leave. No number below
+    # depends on it, and no result but for rounding: a device takes its part of each program's pictures and rows.
+    config.mesh = mesh = ConfigDict()
+    # The batch is cut over data x fsdp.
+    mesh.data = -1
+    # What is trained, its optimizer's state and the frozen weights are cut over it too, and fetched when they are read:
+    # less memory a device, more traffic. Best within one machine or slice.
+    mesh.fsdp = 1
+    # Attention and feed-forward kernels are cut over it, and multiplied by piece by piece: for models that are too
+    # large for a device otherwise. Best a divisor of the numbers of heads, within one machine.
+    mesh.tensor = 1
+
     config.pretrained = pretrained = ConfigDict()
     # A diffusers folder, a hub id, or "tiny": the embedded model.
     pretrained.model = "tiny"
@@ -67,7 +79,7 @@ def get_config() -> ConfigDict:
     # With few steps the noise at the start decides most of a picture, and no step has earned that. It takes at least 2
     # pictures a prompt, better 4 or more (of 2 one is always +1, the other -1), and a buffer_size of 0 below.
     sample.shared_noise = False
-    # Pictures a program call. Larger is faster until memory is full.
+    # Pictures a program call and device, at most. Larger is faster until memory is full.
     sample.chunk_size = 8
     # Of these, pictures that are decoded at a time; 0 is all. Decoding is what needs most memory at 1024 pixels.
     sample.decode_chunk_size = 0
@@ -112,7 +124,8 @@ def get_config() -> ConfigDict:
     # little.
     # The KL, its weight and its budget are then of the steps that are learned from.
     train.min_timestep = 0
-    # (sample, timestep) rows a gradient program. Larger is faster until memory is full; it changes only rounding.
+    # (sample, timestep) rows a gradient program and device, at most. Larger is faster until memory is full; it changes
+    # only rounding.
     train.micro_batch_size = 16
     # What of the UNet's forward pass is kept for the backward pass; the rest is computed again. "none" keeps all,
     # "products" the outputs of convolutions and linear layers, "blocks" what goes into each block (a third more work),

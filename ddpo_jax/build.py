@@ -23,7 +23,9 @@ from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
 from ddpo_jax.policy import make_policy, make_sampler
 from ddpo_jax.process import choose
 from ddpo_jax.settings import Loaded
+from ddpo_jax.sharding import Layout, first_device, make_layout
 from ddpo_jax.types import Algorithm, Finetune, Frozen, Model, Prompts, PyTree, TrainState
+from ddpo_jax.update import Schedule
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -31,8 +33,10 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Run(NamedTuple):
     """Everything train.py joins."""
 
+    layout: Layout
     algorithm: Algorithm
     parts: Parts
+    schedule: Schedule
     tuning: Finetune
     tx: optax.GradientTransformation
     frozen: Frozen
@@ -50,13 +54,16 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         UserError, RunStopped: something of it cannot be used.
     """
     settings.check(config)
+    layout = make_layout(**config.mesh)
     settings_of = choose(settings.METHODS, config.algorithm, "algorithm")
-    reward, reward_params = rewards.make(config.reward.name, settings.reward_settings(config.reward))
+    reward, reward_params = rewards.make(
+        config.reward.name, settings.reward_settings(config.reward), place=layout.parameters
+    )
     reward_weights = weigh(reward.names, tuple(config.reward.weights))
     tuning, tx = settings.make_finetune(config.train), settings.make_optimizer(config.train)
     source = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
 
-    model, pretrained = load_model(config, tuning)
+    model, pretrained = load_model(config, tuning, place=layout.parameters)
     jax.eval_shape(tuning.init, jax.random.key(0), pretrained.denoiser)  # raises what init would
     policy = make_policy(
         model,
@@ -66,9 +73,14 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         log_prob_reduction=config.sample.log_prob_reduction,
     )
     prompt_sets, notes = load_prompts(config.prompts, source, pretrained.tokenizers)
-    frozen = on_device(freeze(model, pretrained, reward=reward_params))
-    sampler = make_sampler(model, policy, tuning.merge, decode_chunk_size=config.sample.decode_chunk_size)
-    parts = Parts(model, policy, sampler, reward, phase, config.sample.chunk_size)
+    frozen = freeze(model, pretrained, reward=reward_params)
+    frozen = frozen._replace(uncond=layout.replicate(frozen.uncond))
+    sampler = make_sampler(
+        model, policy, tuning.merge, layout=layout, decode_chunk_size=config.sample.decode_chunk_size
+    )
+    schedule = settings.schedule(config, num_shards=layout.num_shards)
+    chunk_size = settings.chunk_size(config, num_shards=layout.num_shards)
+    parts = Parts(model, policy, sampler, reward, phase, layout, chunk_size)
 
     train_set, train_tokens = prompt_sets["train"]
     resolution = jax.eval_shape(model.decode, pretrained.vae, jnp.zeros((1, *model.latent_shape))).shape[1]
@@ -78,6 +90,8 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     draw, method_settings = settings_of(config, loaded)
     learned_from = parts._replace(reward=rewards.shuffled(reward)) if config.reward.shuffled else parts
     return Run(
+        layout=layout,
+        schedule=schedule,
         algorithm=algorithms.make(config.algorithm, learned_from, method_settings),
         parts=parts,
         tuning=tuning,
@@ -90,11 +104,11 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         },
         reward_weights=reward_weights,
         source=pretrained.source,
-        notes=(*notes, *describe(config, model, run_length=config.num_epochs)),
+        notes=(*notes, *describe(config, model, layout, schedule, chunk_size)),
     )
 
 
-def load_model(config: ConfigDict, tuning: Finetune) -> tuple[Model, Pretrained]:
+def load_model(config: ConfigDict, tuning: Finetune, *, place: Callable = first_device) -> tuple[Model, Pretrained]:
     """The config's pretrained model, stored as this tuning wants it."""
     return stable_diffusion.load(
         config.pretrained.model,
@@ -104,6 +118,7 @@ def load_model(config: ConfigDict, tuning: Finetune) -> tuple[Model, Pretrained]
         variant=config.pretrained.variant,
         revision=config.pretrained.revision,
         exact=tuning.changes,
+        place=place,
     )
 
 
@@ -125,34 +140,31 @@ def weigh(names: Sequence[str], weights: tuple) -> Float32[np.ndarray, " experts
 def init_state(run: Run, *, seed: int, ema: bool) -> TrainState:
     """The state of a run that has not begun."""
     key_params, key = jax.random.split(jax.random.key(seed))
-    params = on_device(jax.jit(run.tuning.init)(key_params, run.frozen.denoiser))
+
+    def born(init: Callable, *inputs: PyTree) -> PyTree:
+        """What `init` makes, in its place from the beginning."""
+        return jax.jit(init, out_shardings=run.layout.parameters(jax.eval_shape(init, *inputs)))(*inputs)
+
+    params = born(run.tuning.init, key_params, run.frozen.denoiser)
     return TrainState(
         epoch=np.array(0, np.int32),
-        step=on_device(jnp.zeros((), jnp.int32)),
+        step=run.layout.replicate(np.zeros((), np.int32)),
         params=params,
-        ema=on_device(jax.tree.map(jnp.array, params)) if ema else None,
-        opt_state=on_device(jax.jit(run.tx.init)(params)),
+        ema=born(lambda params: jax.tree.map(jnp.array, params), params) if ema else None,
+        opt_state=born(run.tx.init, params),
         carry=run.algorithm.init(),
-        key=on_device(jax.random.key_data(key)),
+        key=run.layout.replicate(np.asarray(jax.random.key_data(key))),
     )
 
 
-def on_device(tree: PyTree) -> PyTree:
-    """The tree committed to the first device.
-
-    Restored arrays are committed too; a program compiles anew, and may round anew, for arrays that are not.
-    """
-    return jax.device_put(tree, jax.devices()[0])
-
-
-def describe(config: ConfigDict, model: Model, *, run_length: int) -> tuple[str, ...]:
+def describe(config: ConfigDict, model: Model, layout: Layout, schedule: Schedule, chunk_size: int) -> tuple[str, ...]:
     """What follows from the config's numbers, for people to check before they wait."""
-    if config.algorithm == "sft":
-        samples = config.data.batch_size
-    else:
-        samples = config.sample.num_prompts * config.sample.num_samples_per_prompt
-    updates = config.train.num_updates * config.train.num_inner_epochs
-    lines = [f"{run_length} epochs of {samples} samples and {updates} updates"]
+    samples, updates = settings.num_samples(config), schedule.num_updates * schedule.num_inner_epochs
+    lines = [
+        f"{config.num_epochs} epochs of {samples} samples and {updates} updates",
+        f"{layout.told}: {chunk_size * layout.num_shards} samples and {schedule.micro_batch_size} (sample, timestep)"
+        f" rows a program, {chunk_size} and {schedule.micro_batch_size // layout.num_shards} a shard of the batch",
+    ]
     if config.algorithm != "sft" and config.sample.shared_noise:
         lines.append(
             f"{config.sample.num_prompts} draws an epoch; the {config.sample.num_samples_per_prompt} pictures of a draw"

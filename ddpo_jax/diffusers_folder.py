@@ -22,7 +22,6 @@ from ddpo_jax.models.folder import (
     WEIGHTS,
     cast,
     check_weights,
-    on_host,
     read_json,
     read_weights,
     weight_files,
@@ -100,7 +99,7 @@ def write(
     write_config(source.folder, new, "unet")
     write_weights(new / "unet" / WEIGHTS["unet"], denoiser, dtype=dtype)
     for part, like in others.items():
-        params = read_weights(files[part], like, prefix=prefixes[part], put=on_host)
+        params = read_weights(files[part], like, prefix=prefixes[part], place=None)
         if part in configs.text:
             # With the prefix old and new diffusers load it; without it the old ones keep random weights.
             # transformers loads in what the config says, where diffusers loads in float32 unless told otherwise.

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ddpo_jax import losses, process
 from ddpo_jax.errors import UserError
+from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Frozen, Gaussian, Model, Policy, PyTree, Trajectory
 
 
@@ -101,19 +103,26 @@ def check_sampling(eta: float, guidance_scale: float) -> None:
         )
 
 
-def make_sampler(model: Model, policy: Policy, merge: Callable, *, decode_chunk_size: int = 0) -> Callable:
+def make_sampler(
+    model: Model, policy: Policy, merge: Callable, *, layout: Layout, decode_chunk_size: int = 0
+) -> Callable:
     """One jitted program: trainable, frozen, tokens (b, s), keys (b,), start_keys (b,) or None -> what it made.
 
     That is cond, Trajectory and images (b, H, W, 3).
 
     merge: as in Finetune. It is done inside, so that no merged copy of the denoiser outlives the call.
-    decode_chunk_size: pictures that are decoded at a time; 0 is all of them.
+    layout: what is made is cut over the batch.
+    decode_chunk_size: pictures that a device decodes at a time; 0 is all of them.
     """
 
     def decode(vae: PyTree, x_0: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-        if not 0 < decode_chunk_size < len(x_0):
+        if not 0 < decode_chunk_size * layout.num_shards < len(x_0):
             return model.decode(vae, x_0)
-        return jax.lax.map(lambda one: model.decode(vae, one[None])[0], x_0, batch_size=decode_chunk_size)
+
+        def in_chunks(vae: PyTree, x_0: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+            return jax.lax.map(lambda one: model.decode(vae, one[None])[0], x_0, batch_size=decode_chunk_size)
+
+        return layout.each_shard(in_chunks)(vae, x_0)
 
     def sample(
         trainable: PyTree,
@@ -122,20 +131,26 @@ def make_sampler(model: Model, policy: Policy, merge: Callable, *, decode_chunk_
         keys: Key[Array, " b"],
         start_keys: Key[Array, " b"] | None = None,
     ) -> tuple[PyTree, Trajectory, Float[Array, "b H W 3"]]:
-        cond = model.encode_text(frozen.text, tokens)
-        trajectory = policy.rollout(merge(frozen.denoiser, trainable), cond, frozen.uncond, keys, start_keys)
-        return cond, trajectory, decode(frozen.vae, trajectory.x[:, -1])
+        tokens, keys, start_keys = layout.rows((tokens, keys, start_keys))
+        cond = layout.rows(model.encode_text(layout.gather(frozen.text), tokens))
+        denoiser = layout.gather(merge(frozen.denoiser, trainable))
+        trajectory = layout.rows(policy.rollout(denoiser, cond, frozen.uncond, keys, start_keys))
+        return cond, trajectory, layout.rows(decode(layout.gather(frozen.vae), trajectory.x[:, -1]))
 
     return jax.jit(sample)
 
 
-def sample_keys(key: Key[Array, ""], first: int, count: int, *, group_size: int = 1) -> Key[Array, " b"]:
-    """The keys of samples [first, first + count): functions of the global index, whatever the chunk or device.
+def sample_keys(key: Key[Array, ""], index: Int[np.ndarray, " b"], *, group_size: int = 1) -> Key[Array, " b"]:
+    """The keys of the samples with these numbers: functions of the number alone, whatever the chunk or device.
 
     group_size: so many samples in a row have one key, that of the first of them.
     """
-    index = jnp.arange(first, first + count)
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(index // group_size * group_size)
+    return _fold_in(key, index // group_size * group_size)
+
+
+@jax.jit
+def _fold_in(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(index)
 
 
 def _guidance(predict: Callable, scale: float) -> Callable:

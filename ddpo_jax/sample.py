@@ -29,6 +29,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.models.stable_diffusion import freeze
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
 from ddpo_jax.policy import check_sampling, make_policy, make_sampler, sample_keys
+from ddpo_jax.sharding import one_device
 from ddpo_jax.workdir import replace_file, write_atomically
 
 NUM_STEPS, GUIDANCE_SCALE = 50, 5.0  # where no run says otherwise
@@ -137,13 +138,14 @@ def draw(
     """One picture a text. Picture i's noise depends on `seed` and i alone."""
     model, pretrained, tuning = loaded.model, loaded.pretrained, loaded.tuning
     policy = make_policy(model, num_steps=num_steps, eta=eta, guidance_scale=guidance_scale)
-    program = make_sampler(model, policy, tuning.merge)
+    program = make_sampler(model, policy, tuning.merge, layout=one_device())
     frozen = freeze(model, pretrained)
     tokens, key, chunks = tokenize_all(pretrained.tokenizers, texts), jax.random.key(seed), []
     size = min(chunk_size, len(texts))
     for first in range(0, len(texts), size):
-        chosen = np.minimum(np.arange(first, first + size), len(texts) - 1)  # one shape: the last is filled up
-        _, _, images = program(loaded.trainable, frozen, tokens[chosen], sample_keys(key, first, size))
+        index = np.arange(first, first + size)
+        chosen = np.minimum(index, len(texts) - 1)  # one shape: the last is filled up
+        _, _, images = program(loaded.trainable, frozen, tokens[chosen], sample_keys(key, index))
         chunks.append(np.asarray(images))
     return np.concatenate(chunks)[: len(texts)]
 

@@ -192,11 +192,33 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"train.num_updates={train.num_updates}: expected at most the {samples} samples a round")
 
 
-def schedule(config: ConfigDict) -> Schedule:
+def num_samples(config: ConfigDict) -> int:
+    """Samples a round."""
+    if config.algorithm == "sft":
+        return config.data.batch_size
+    return config.sample.num_prompts * config.sample.num_samples_per_prompt
+
+
+def chunk_size(config: ConfigDict, *, num_shards: int) -> int:
+    """Pictures a program call and shard."""
+    return evenly(num_samples(config), at_most=config.sample.chunk_size, num_shards=num_shards)
+
+
+def schedule(config: ConfigDict, *, num_shards: int) -> Schedule:
     """How a round is learned from."""
+    slices = config.data.num_noise_draws if config.algorithm == "sft" else config.sample.num_steps
+    taken = max(1, round(slices * config.train.timestep_fraction))
+    rows = -(-num_samples(config) // config.train.num_updates) * taken
+    micro_batch_size = evenly(rows, at_most=config.train.micro_batch_size, num_shards=num_shards)
     return Schedule(
         num_updates=config.train.num_updates,
         num_inner_epochs=config.train.num_inner_epochs,
         timestep_fraction=config.train.timestep_fraction,
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=micro_batch_size * num_shards,
     )
+
+
+def evenly(count: int, *, at_most: int, num_shards: int) -> int:
+    """How many of `count` things a shard takes at a time: in as few times as it can, with little to fill up."""
+    own = -(-count // num_shards)
+    return -(-own // -(-own // at_most))

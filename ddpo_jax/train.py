@@ -18,7 +18,7 @@ from ddpo_jax.errors import Preempted
 from ddpo_jax.evaluate import evaluate
 from ddpo_jax.metrics import Console, Writer
 from ddpo_jax.saved import about, export_trained
-from ddpo_jax.settings import schedule
+from ddpo_jax.sharding import bytes_held
 from ddpo_jax.starts import keep_start
 from ddpo_jax.types import PyTree, TrainState
 from ddpo_jax.update import make_update, optimize, summarize
@@ -57,6 +57,8 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
             keep_start(workdir, argv, epoch=int(state.epoch))
             for note in run.notes:
                 console.note(note)
+            frozen, learned = bytes_held(run.frozen), bytes_held(state)
+            console.note(f"a device holds {frozen / 1e6:.0f} MB of weights, {learned / 1e6:.0f} MB of training state")
             try:
                 state = loop(config, run, state, manager, console, writer, clock, workdir)
             finally:
@@ -82,7 +84,7 @@ def loop(
 ) -> TrainState:
     """The rounds that are left. Whatever stops them, the last whole round is saved."""
     algorithm, frozen = run.algorithm, run.frozen
-    update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay)
+    update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay, layout=run.layout)
     previous = (metrics.read(workdir / "metrics.jsonl") or [{}])[-1]
     skipped = float(state.opt_state.total_notfinite)
     boundary, check = checkpoint.host_copy(state), algorithm.check
@@ -110,7 +112,7 @@ def loop(
                 frozen,
                 batch,
                 key_update,
-                schedule=schedule(config),
+                schedule=run.schedule,
                 seed=(config.seed, epoch),
                 phase=console.phase,
                 check=check,

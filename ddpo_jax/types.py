@@ -110,7 +110,7 @@ class Algorithm(NamedTuple):
     collect: Callable  # trainable, frozen, inputs of the round, carry, key -> batch, carry, report   (on the host)
     loss: Callable  # params, frozen, batch, rows, key -> (r,) losses, Metrics   (pure)
     slices: Callable  # batch -> (b, s) bool numpy: what there is to learn from
-    recompute: Callable | None  # batch, rows, Metrics -> batch, written before the first update; None: not wanted
+    recompute: Callable | None  # batch, rows, weight, Metrics -> batch, before the first update; None: not wanted
     check: Callable  # scalars of a run's very first update -> None; raises if the run cannot be right
     stop: Callable  # scalars of a round -> why the run should end here, or None
     reads_reference: bool  # whether loss reads frozen.denoiser

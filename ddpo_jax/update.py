@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpo_jax.errors import RunStopped
+from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Algorithm, Finetune, Frozen, Metrics, PyTree, TrainState
 
 MAX_SKIPPED_IN_A_ROW = 5  # gradients that were not finite
@@ -48,18 +48,26 @@ class Update(NamedTuple):
 
 
 def make_update(
-    algorithm: Algorithm, tuning: Finetune, tx: optax.GradientTransformation, *, ema_decay: float
+    algorithm: Algorithm, tuning: Finetune, tx: optax.GradientTransformation, *, ema_decay: float, layout: Layout
 ) -> Update:
-    """The gradient and optimizer programs of an algorithm. ema_decay 0: state.ema stays None."""
+    """The gradient and optimizer programs of an algorithm. ema_decay 0: state.ema stays None.
+
+    layout: rows are cut over it, their samples fetched from where they are; what is learned stays as the table says.
+    """
 
     def objective(params, frozen, batch, micro_batch, key):
-        merged = tuning.merge(frozen.denoiser, params)
+        merged = layout.gather(tuning.merge(frozen.denoiser, params))
+        frozen = frozen._replace(denoiser=layout.gather(frozen.denoiser))
         losses, metrics = algorithm.loss(merged, frozen, batch, micro_batch.rows, key)
         return jnp.sum(losses * micro_batch.weight), (losses, metrics)
+
+    def placed(total: Total) -> Total:
+        return layout.whole(total._replace(grads=()))._replace(grads=layout.keep(total.grads))
 
     def accumulate(
         params: PyTree, frozen: Frozen, batch: PyTree, micro_batch: MicroBatch, key: Key[Array, ""], total: Total
     ) -> tuple[Total, Metrics]:
+        micro_batch = layout.rows(micro_batch)
         grads, (losses, metrics) = jax.grad(objective, has_aux=True)(params, frozen, batch, micro_batch, key)
         weight = micro_batch.weight
         total = Total(
@@ -72,11 +80,11 @@ def make_update(
                 for name, x in metrics.max.items()
             },
         )
-        return total, metrics
+        return placed(total), metrics
 
     def zero(params: PyTree, frozen: Frozen, batch: PyTree, micro_batch: MicroBatch, key: Key[Array, ""]) -> Total:
         _, (_, metrics) = jax.eval_shape(objective, params, frozen, batch, micro_batch, key)
-        return Total(
+        total = Total(
             grads=jax.tree.map(jnp.zeros_like, params),
             weight=jnp.zeros(()),
             loss=jnp.zeros(()),
@@ -84,6 +92,7 @@ def make_update(
             # With a dtype: a weakly typed one would compile `accumulate` a second time.
             max={name: jnp.full((), -jnp.inf, jnp.float32) for name in metrics.max},
         )
+        return placed(total)
 
     def apply(state: TrainState, total: Total) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         grads = jax.tree.map(lambda g: g / total.weight, total.grads)
@@ -102,7 +111,9 @@ def make_update(
             "skipped_in_a_row": opt_state.notfinite_count,
             "skipped_steps": opt_state.total_notfinite,
         }
-        return state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), scalars
+        params, ema, opt_state = layout.keep((params, ema, opt_state))
+        step, scalars = layout.whole((state.step + 1, scalars))
+        return state._replace(step=step, params=params, ema=ema, opt_state=opt_state), scalars
 
     return Update(
         # keep_unused: its result is then committed to their device, as that of `accumulate` is; which would be compiled
@@ -150,7 +161,7 @@ class Schedule(NamedTuple):
     num_updates: int  # optimizer steps a pass
     num_inner_epochs: int  # passes
     timestep_fraction: float  # of a sample's slices, drawn anew in each pass
-    micro_batch_size: int  # rows a gradient program
+    micro_batch_size: int  # rows a gradient program, of all shards together
 
 
 def optimize(
@@ -259,6 +270,5 @@ def _recompute(
             seen.append((micro_batch, metrics))
             advance(1)
     for micro_batch, metrics in seen:
-        real = slice(int(micro_batch.weight.sum()))  # the fillers are at the end
-        batch = algorithm.recompute(batch, micro_batch.rows[real], jax.tree.map(operator.itemgetter(real), metrics))
+        batch = algorithm.recompute(batch, *micro_batch, metrics)
     return batch

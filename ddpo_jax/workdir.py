@@ -14,6 +14,8 @@ from ddpo_jax.errors import UserError
 
 # What may change when a run is continued: how long it goes on, what it tells, and how it waits. Nothing it computes.
 MAY_DIFFER = (
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "sample.chunk_size", "sample.decode_chunk_size"),
+    "train.micro_batch_size",
     "num_epochs",
     "checkpoint_every",
     "keep_checkpoints",

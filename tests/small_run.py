@@ -12,6 +12,7 @@ SAMPLES, STEPS = 8, 4
 
 # One shape for all, so that the tests share compiled programs.
 SMALL = {
+    "mesh.data": 1,
     "eval_prompts": 4,
     "sample.num_steps": STEPS,
     "sample.num_prompts": SAMPLES,

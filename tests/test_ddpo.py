@@ -12,7 +12,7 @@ from small_run import SAMPLES, STEPS, distance, equal, finite, learn, pairs, sil
 from ddpo_jax import advantages, algorithms, rewards
 from ddpo_jax.algorithms.ddpo import Scoring, importance_sampling, score_function
 from ddpo_jax.algorithms.parts import scored_rollouts
-from ddpo_jax.build import build, init_state, on_device
+from ddpo_jax.build import build, init_state
 from ddpo_jax.checkpoint import host_copy
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.evaluate import evaluate
@@ -35,7 +35,7 @@ class World(NamedTuple):
 
     def fresh(self):
         """A state that may be donated."""
-        return on_device(self.start)
+        return self.run.layout.place(self.start)
 
 
 def make_world(folder, **changes):
@@ -43,7 +43,7 @@ def make_world(folder, **changes):
     state = init_state(run, seed=0, ema=False)
     params = run.tuning.merge(run.frozen.denoiser, state.params)
     batch, _, _ = run.algorithm.collect(params, run.frozen, run.draw(0), state.carry, jax.random.key(1))
-    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0)
+    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0, layout=run.layout)
     return World(run, host_copy(state), update, batch)
 
 
@@ -95,7 +95,7 @@ def adapted(world, small_folder):
     run = build(small_config(small_folder, **changes), silent)
     state = init_state(run, seed=0, ema=False)
     before = host_copy(state.params)
-    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0)
+    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0, layout=run.layout)
     # At the start the policy is that of full fine-tuning, and so its samples serve.
     return run, before, *learn(update, run.algorithm, state, run.frozen, world.batch)
 
@@ -138,7 +138,10 @@ def test_default_recomputes_in_bfloat16(small_folder):
 
 
 def test_one_update_of_sf_equals_one_of_is(world):
-    updates = {"is": world.update, "sf": make_update(make_sf(world), world.run.tuning, world.run.tx, ema_decay=0.0)}
+    updates = {
+        "is": world.update,
+        "sf": make_update(make_sf(world), world.run.tuning, world.run.tx, ema_decay=0.0, layout=world.run.layout),
+    }
     states, grads = {}, {}
     for name, update in updates.items():
         states[name], _ = learn(

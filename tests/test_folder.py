@@ -396,7 +396,7 @@ def test_large_files_are_read_in_portions(small_folder, monkeypatch):
 def test_names_and_shapes_are_checked_before_anything_is_read(folder, monkeypatch):
     """The last part's fault is told before gigabytes of the first are read."""
     edit(VAE_CONFIG, layers_per_block=2)(folder)
-    monkeypatch.setattr(model_folder, "_place", lambda *arguments: pytest.fail("weights were read"))
+    monkeypatch.setattr(model_folder, "_read", lambda *arguments: pytest.fail("weights were read"))
     with pytest.raises(UserError, match="is missing"):
         load(folder)
 

@@ -9,6 +9,7 @@ from ddpo_jax import process
 from ddpo_jax.errors import UserError
 from ddpo_jax.finetune import full
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
+from ddpo_jax.sharding import one_device
 from ddpo_jax.types import Frozen, Gaussian, Model
 
 SHAPE = (4, 4, 2)
@@ -53,11 +54,12 @@ def conditions(count, scale=0.1):
     return {"bias": scale * jnp.arange(1.0, count + 1)[:, None, None, None]}
 
 
+ONE = one_device()
 UNCOND = {"bias": jnp.full((1, 1, 1, 1), -0.2)}
 
 
 def rollout(policy, count=3, *, key=0, params=PARAMS, cond=None):
-    keys = sample_keys(jax.random.key(key), 0, count)
+    keys = sample_keys(jax.random.key(key), np.arange(count))
     return jax.jit(policy.rollout)(params, conditions(count) if cond is None else cond, UNCOND, keys)
 
 
@@ -76,10 +78,10 @@ def replay(policy, trajectory, cond):
 def test_a_sample_is_the_same_in_any_chunk():
     policy, cond = policy_of(make_model(), guidance_scale=3.0), conditions(6)
     key, rollout = jax.random.key(7), jax.jit(policy.rollout)
-    whole = rollout(PARAMS, cond, UNCOND, sample_keys(key, 0, 6))
+    whole = rollout(PARAMS, cond, UNCOND, sample_keys(key, np.arange(6)))
     for first, count in ((0, 3), (3, 3)):
         part = jax.tree.map(lambda leaf, first=first, count=count: leaf[first : first + count], cond)
-        chunk = rollout(PARAMS, part, UNCOND, sample_keys(key, first, count))
+        chunk = rollout(PARAMS, part, UNCOND, sample_keys(key, np.arange(first, first + count)))
         for name, found, expected in zip(whole._fields, chunk, whole, strict=True):
             expected = expected[first : first + count]
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -88,15 +90,15 @@ def test_a_sample_is_the_same_in_any_chunk():
 
 def test_sample_keys_are_distinct_and_functions_of_the_index():
     key = jax.random.key(0)
-    whole = jax.random.key_data(sample_keys(key, 0, 8))
+    whole = jax.random.key_data(sample_keys(key, np.arange(8)))
     assert len(np.unique(whole, axis=0)) == 8
-    np.testing.assert_array_equal(jax.random.key_data(sample_keys(key, 5, 3)), whole[5:])
+    np.testing.assert_array_equal(jax.random.key_data(sample_keys(key, np.arange(5, 5 + 3))), whole[5:])
 
 
 def test_a_group_starts_from_the_same_noise_and_parts_at_the_first_step():
     key, policy = jax.random.key(3), policy_of(make_model())
     cond = {"bias": jnp.full((6, 1, 1, 1), 0.1)}
-    keys, start_keys = sample_keys(key, 0, 6), sample_keys(key, 0, 6, group_size=3)
+    keys, start_keys = sample_keys(key, np.arange(6)), sample_keys(key, np.arange(6), group_size=3)
     trajectory = jax.jit(policy.rollout)(PARAMS, cond, UNCOND, keys, start_keys)
     alone = jax.jit(policy.rollout)(PARAMS, cond, UNCOND, keys)
     start = np.asarray(trajectory.x[:, 0])
@@ -106,7 +108,7 @@ def test_a_group_starts_from_the_same_noise_and_parts_at_the_first_step():
     for first in (0, 3):  # the first of a group is as without groups
         np.testing.assert_array_equal(trajectory.x[first], alone.x[first])
     np.testing.assert_array_equal(  # a chunk that begins within a group
-        jax.random.key_data(sample_keys(key, 2, 4, group_size=3)), jax.random.key_data(start_keys)[2:]
+        jax.random.key_data(sample_keys(key, np.arange(2, 2 + 4), group_size=3)), jax.random.key_data(start_keys)[2:]
     )
 
 
@@ -153,7 +155,7 @@ def test_a_network_that_knows_the_picture_draws_it(eta, prediction_type):
 
     model = make_model(knows, set_alpha_to_one=True, prediction_type=prediction_type)
     policy, picture = policy_of(model, eta=eta), jax.random.normal(jax.random.key(1), (64, *SHAPE))
-    keys = sample_keys(jax.random.key(2), 0, 64)
+    keys = sample_keys(jax.random.key(2), np.arange(64))
     error = jax.jit(policy.denoising_error)(PARAMS, picture, picture, keys)
     np.testing.assert_allclose(error, 0, atol=1e-6)
     trajectory = jax.jit(policy.rollout)(PARAMS, picture, jnp.zeros((1, *SHAPE)), keys)
@@ -267,14 +269,14 @@ def test_the_gradient_flows_through_both_branches():
 
 def test_denoising_error_of_a_network_that_predicts_0_is_the_variance_of_the_noise():
     policy = policy_of(make_model(lambda params, x_t, t, cond: jnp.zeros_like(x_t)), guidance_scale=5.0)
-    keys = sample_keys(jax.random.key(0), 0, 2000)
+    keys = sample_keys(jax.random.key(0), np.arange(2000))
     error = jax.jit(policy.denoising_error)(PARAMS, jnp.ones((2000, *SHAPE)), conditions(2000), keys)
     assert error.shape == (2000,)
     assert np.mean(error) == pytest.approx(1.0, abs=5 * np.sqrt(2 / error.size / np.prod(SHAPE)))
 
 
 def test_denoising_error_of_a_sample_depends_on_its_own_key_alone():
-    policy, keys = policy_of(make_model()), sample_keys(jax.random.key(0), 0, 6)
+    policy, keys = policy_of(make_model()), sample_keys(jax.random.key(0), np.arange(6))
     x_0, cond = jax.random.normal(jax.random.key(1), (6, *SHAPE)), conditions(6)
     error = jax.jit(policy.denoising_error)
     whole = error(PARAMS, x_0, cond, keys)
@@ -287,7 +289,7 @@ def test_denoising_error_of_a_sample_depends_on_its_own_key_alone():
 
 def test_timesteps_of_the_denoising_error_cover_the_whole_range():
     seen = policy_of(make_model(lambda params, x_t, t, cond: jnp.zeros_like(x_t) + t[:, None, None, None] / 1000))
-    keys = sample_keys(jax.random.key(0), 0, 4000)
+    keys = sample_keys(jax.random.key(0), np.arange(4000))
     error = jax.jit(seen.denoising_error)(PARAMS, jnp.zeros((4000, *SHAPE)), conditions(4000), keys)
     # E (t/1000 - eps)² = 1/3 + 1 for t uniform, independent of eps
     assert np.mean(error) == pytest.approx(4 / 3, abs=0.03)
@@ -300,8 +302,8 @@ def test_sampler_encodes_rolls_out_and_decodes():
     model = make_model()
     policy = policy_of(model, guidance_scale=2.0)
     frozen = Frozen(text=jnp.float32(0.01), denoiser=None, vae=jnp.float32(2.0), uncond=UNCOND, reward=None)
-    tokens, keys = jnp.arange(9).reshape(3, 3), sample_keys(jax.random.key(0), 0, 3)
-    cond, trajectory, images = make_sampler(model, policy, full().merge)(PARAMS, frozen, tokens, keys)
+    tokens, keys = jnp.arange(9).reshape(3, 3), sample_keys(jax.random.key(0), np.arange(3))
+    cond, trajectory, images = make_sampler(model, policy, full().merge, layout=ONE)(PARAMS, frozen, tokens, keys)
     np.testing.assert_allclose(cond["bias"][:, 0, 0, 0], [0.03, 0.12, 0.21], rtol=1e-6)
     np.testing.assert_allclose(
         trajectory.x, jax.jit(policy.rollout)(PARAMS, cond, UNCOND, keys).x, rtol=1e-5, atol=1e-6
@@ -314,9 +316,9 @@ def test_decoding_in_chunks_draws_the_same_pictures(size):
     model = make_model()
     policy = policy_of(model)
     frozen = Frozen(text=jnp.float32(0.01), denoiser=None, vae=jnp.float32(2.0), uncond=UNCOND, reward=None)
-    tokens, keys = jnp.arange(15).reshape(5, 3), sample_keys(jax.random.key(0), 0, 5)
+    tokens, keys = jnp.arange(15).reshape(5, 3), sample_keys(jax.random.key(0), np.arange(5))
     whole, chunked = (
-        make_sampler(model, policy, full().merge, decode_chunk_size=count)(PARAMS, frozen, tokens, keys)[2]
+        make_sampler(model, policy, full().merge, layout=ONE, decode_chunk_size=count)(PARAMS, frozen, tokens, keys)[2]
         for count in (0, size)
     )
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)

@@ -50,6 +50,7 @@ UNREWARDED = [recipe for recipe in RECIPES if to_come(load(recipe))]
 
 # Sizes alone: everything else is the recipe's own. Two pictures a prompt, as a draw may be compared within itself.
 SHRUNK = {
+    "mesh.data": 1,
     "num_epochs": 1,
     "eval_prompts": 2,
     "sample.num_steps": 4,

@@ -67,7 +67,7 @@ def test_dropped_captions_are_those_of_the_empty_prompt(run, batch):
 
 def test_the_loss_falls(run):
     state = init_state(run, seed=0, ema=True)
-    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.9)
+    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.9, layout=run.layout)
     losses = []
     for epoch in range(40):
         batch = collect(run, epoch=epoch)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpo_jax import advantages, losses
 from ddpo_jax.algorithms.parts import Parts, reward_report, scored_rollouts
 from ddpo_jax.errors import RunStopped, UserError
+from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree, Trajectory
 
 RATIO_TOLERANCE = 0.1  # of the clip range: the share of it that rounding may take
@@ -28,7 +30,7 @@ class Scoring(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """A round of samples."""
+    """A round of samples. What is on the devices may be longer, to be cut evenly; only the first b are samples."""
 
     cond: PyTree
     trajectory: Trajectory
@@ -82,7 +84,7 @@ def importance_sampling(
         kl_weight=kl_weight,
         kl_budget=kl_budget,
         min_timestep=min_timestep,
-        recompute=_write_log_prob if recompute and num_updates > 1 else None,
+        recompute=_log_prob_writer(parts.layout) if recompute and num_updates > 1 else None,
         check=check,
     )
 
@@ -165,9 +167,9 @@ def _algorithm(
         return row_losses, metrics._replace(mean=mean)
 
     def slices(batch: Rollouts) -> Bool[np.ndarray, "b T"]:
-        trajectory = batch.trajectory
-        early = np.asarray(trajectory.t[:, :-1]) >= min_timestep
-        return np.asarray(trajectory.trained) & early & (np.asarray(batch.weight) > 0)[:, None]
+        count = len(batch.weight)  # the trajectories go on with what fills them up
+        t, trained = np.asarray(batch.trajectory.t)[:count], np.asarray(batch.trajectory.trained)[:count]
+        return trained & (t[:, :-1] >= min_timestep) & (np.asarray(batch.weight) > 0)[:, None]
 
     def stop(scalars: Mapping[str, Any]) -> str | None:
         kl = scalars.get("kl_reference")
@@ -178,6 +180,16 @@ def _algorithm(
     return Algorithm(scoring.advantages.init, collect, loss, slices, recompute, check, stop, reads_reference)
 
 
-def _write_log_prob(batch: Rollouts, rows: Int[Any, "r 2"], metrics: Metrics) -> Rollouts:
-    log_prob = batch.trajectory.log_prob.at[rows[:, 0], rows[:, 1]].set(metrics.mean["log_prob"])
-    return batch._replace(trajectory=batch.trajectory._replace(log_prob=log_prob))
+def _log_prob_writer(layout: Layout) -> Callable:
+    @jax.jit
+    def written(
+        log_prob: Float[Array, "b T"], rows: Int[Array, "r 2"], weight: Float[Array, " r"], seen: Float[Array, " r"]
+    ) -> Float[Array, "b T"]:
+        sample = jnp.where(weight > 0, rows[:, 0], len(log_prob))  # what only fills up is out of range, and dropped
+        return layout.rows(log_prob.at[sample, rows[:, 1]].set(seen, mode="drop"))
+
+    def recompute(batch: Rollouts, rows: Int[Any, "r 2"], weight: Float[Any, " r"], metrics: Metrics) -> Rollouts:
+        log_prob = written(batch.trajectory.log_prob, rows, weight, metrics.mean["log_prob"])
+        return batch._replace(trajectory=batch.trajectory._replace(log_prob=log_prob))
+
+    return recompute

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Key
+from jaxtyping import Float, Float32, Int, Key
 
 from ddpo_jax import rewards
 from ddpo_jax.policy import sample_keys
+from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Frozen, Model, Policy, Prompts, PyTree, Reward
 
 
@@ -22,7 +23,8 @@ class Parts(NamedTuple):
     sample: Callable  # policy.make_sampler's program
     reward: Reward | None  # None where the method needs none
     phase: Callable  # name, total -> context manager that gives advance(count)
-    chunk_size: int  # pictures a program call
+    layout: Layout
+    chunk_size: int  # pictures a program call and shard of the batch
 
 
 def scored_rollouts(
@@ -37,28 +39,48 @@ def scored_rollouts(
 ) -> tuple[PyTree, Float32[np.ndarray, "b experts"]]:
     """One sample a prompt, and its scores: keep(cond, trajectory, images) of all samples, with a leading axis of b.
 
-    Chunks have one shape, so that one program serves every count: the last is filled up with its last prompt. A chunk
-    is scored while the next rolls out. Sample i's noise depends on `key` and i alone; what it starts from is shared by
-    `group_size` samples in a row.
+    Chunks have one shape, so that one program serves every count: the last is filled up with its last prompt, and what
+    is kept on the devices stays as long as that. A chunk is scored while the next rolls out. Sample i's noise depends
+    on `key` and i alone; what it starts from is shared by `group_size` samples in a row.
     """
-    count, size = len(prompts.texts), parts.chunk_size
+    count = len(prompts.texts)
+    calls = chunks(count, size=parts.chunk_size, num_shards=parts.layout.num_shards)
     kept, pending = [], []
     with parts.phase("rollout", count) as advance:
-        for first in range(0, count, size):
-            chunk = rewards.take(prompts, np.minimum(np.arange(first, first + size), count - 1))
-            keys, start_keys = sample_keys(key, first, size), sample_keys(key, first, size, group_size=group_size)
+        for index in calls:
+            chunk = rewards.take(prompts, np.minimum(index, count - 1))
+            keys, start_keys = sample_keys(key, index), sample_keys(key, index, group_size=group_size)
             cond, trajectory, images = parts.sample(trainable, frozen, chunk.tokens, keys, start_keys)
             pending.append(parts.reward.submit(frozen.reward, images, chunk))
             kept.append(keep(cond, trajectory, images))
             jax.block_until_ready(kept[-2:-1])  # the chunk before: one is always under way
-            advance(min(size, count - first))
+            advance(int((index < count).sum()))
         jax.block_until_ready(kept)
-    scores = []
+    scores = np.empty((count, len(parts.reward.names)), np.float32)
     with parts.phase("reward", count) as advance:
-        while pending:
-            scores.append(parts.reward.result(pending.pop(0)))
-            advance(min(size, count - size * (len(scores) - 1)))
-    return jax.tree.map(lambda *chunks: concatenate(chunks, count), *kept), np.concatenate(scores)[:count]
+        for index in calls:
+            real = index < count
+            scores[index[real]] = parts.reward.result(pending.pop(0))[real]
+            advance(int(real.sum()))
+    return in_order(kept, calls, count, parts.layout), scores
+
+
+def chunks(count: int, *, size: int, num_shards: int) -> list[Int[np.ndarray, " n"]]:
+    """The samples of each program call: the next `size` of every shard's own part of the batch.
+
+    So a device keeps what it makes, and all of it together is in order. The numbers from `count` on fill up.
+    """
+    num_calls = -(-count // (size * num_shards))
+    index = np.arange(num_shards * num_calls * size).reshape(num_shards, num_calls, size)
+    return list(index.swapaxes(0, 1).reshape(num_calls, -1))
+
+
+def in_order(made: Sequence[PyTree], calls: Sequence[Int[np.ndarray, " n"]], count: int, layout: Layout) -> PyTree:
+    """What the calls of `chunks` made, as one batch in order: on the host, or with what fills up on the devices."""
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(made)):
+        order = np.argsort(np.concatenate(calls))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[order[:count]], *made)
+    return layout.concatenate(*made)
 
 
 def reward_report(
@@ -75,9 +97,3 @@ def reward_report(
         seen = column[np.isfinite(column)]
         report[f"reward/{name}"] = float(seen.mean()) if len(seen) else float("nan")
     return report
-
-
-def concatenate(chunks: tuple, count: int):
-    """The first `count` rows of the chunks, on the device or on the host as they are."""
-    join = np.concatenate if isinstance(chunks[0], np.ndarray) else jax.numpy.concatenate
-    return join(chunks)[:count]

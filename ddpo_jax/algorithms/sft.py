@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpo_jax import losses
-from ddpo_jax.algorithms.parts import Parts, concatenate
+from ddpo_jax.algorithms.parts import Parts, chunks, in_order
 from ddpo_jax.errors import UserError
 from ddpo_jax.policy import sample_keys
 from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree
@@ -34,18 +34,21 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
     if num_noise_draws < 1:
         raise UserError(f"data.num_noise_draws={num_noise_draws}: expected 1 or more")
 
+    layout = parts.layout
+
     @jax.jit
     def encode(
         frozen: Frozen, images: Float[Array, "b H W 3"], tokens: Int[Array, "b s"], keys: Key[Array, " b"]
     ) -> tuple[PyTree, Float[Array, "b h w c"]]:
+        images, tokens, keys = layout.rows((images, tokens, keys))
         key_drop, key_latent = jax.vmap(jax.random.split, out_axes=1)(keys)
         dropped = jax.vmap(lambda key: jax.random.uniform(key) < prompt_dropout)(key_drop)
 
         def drop(cond, uncond):
             return jnp.where(dropped.reshape(-1, *(1,) * (cond.ndim - 1)), uncond, cond)
 
-        cond = jax.tree.map(drop, parts.model.encode_text(frozen.text, tokens), frozen.uncond)
-        return cond, parts.model.encode(frozen.vae, images, key_latent)
+        cond = jax.tree.map(drop, parts.model.encode_text(layout.gather(frozen.text), tokens), frozen.uncond)
+        return layout.rows((cond, parts.model.encode(layout.gather(frozen.vae), images, key_latent)))
 
     def collect(
         trainable: PyTree,
@@ -55,15 +58,15 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
         key: Key[Array, ""],
     ) -> tuple[Weighted, PyTree, dict[str, float | int]]:
         images, prompts = inputs
-        size, chunks = parts.chunk_size, []
+        calls, made = chunks(len(images), size=parts.chunk_size, num_shards=layout.num_shards), []
         with parts.phase("encode", len(images)) as advance:
-            for first in range(0, len(images), size):
-                chosen = np.minimum(np.arange(first, first + size), len(images) - 1)
+            for index in calls:
+                chosen = np.minimum(index, len(images) - 1)
                 tokens = np.asarray(prompts.tokens)[chosen]
-                chunks.append(encode(frozen, images[chosen], tokens, sample_keys(key, first, size)))
-                jax.block_until_ready(chunks[-1])
-                advance(min(size, len(images) - first))
-        cond, x_0 = jax.tree.map(lambda *arrays: concatenate(arrays, len(images)), *chunks)
+                made.append(encode(frozen, images[chosen], tokens, sample_keys(key, index)))
+                jax.block_until_ready(made[-1])
+                advance(int((index < len(images)).sum()))
+        cond, x_0 = in_order(made, calls, len(images), layout)
         report = {"captions/cut": float(sum(entry["cut"] for entry in prompts.metadata))}
         return Weighted(cond, x_0, np.ones(len(images), np.float32)), carry, report
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from ddpo_jax import convert
 from ddpo_jax.errors import UserError
+from ddpo_jax.sharding import first_device, put
 from ddpo_jax.types import PyTree
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -123,14 +124,6 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-def on_first_device(array: np.ndarray) -> jax.Array:
-    return jax.device_put(array, jax.devices()[0])
-
-
-def on_host(array: np.ndarray) -> np.ndarray:
-    return array
-
-
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of safetensors files as they are, by name."""
     for path in files:
@@ -139,16 +132,19 @@ def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, file.get_tensor(name)
 
 
-def read_weights(files: Sequence[Path], like: PyTree, *, prefix: str = "", put: Callable = on_first_device) -> PyTree:
-    """Arrays with the structure, shapes and dtypes of `like`, out of safetensors files, each placed by `put`.
+def read_weights(
+    files: Sequence[Path], like: PyTree, *, prefix: str = "", place: Callable | None = first_device
+) -> PyTree:
+    """Arrays with the structure, shapes and dtypes of `like`, out of safetensors files.
 
+    place: tree of shapes -> tree of shardings, as Layout.parameters; the first device by default. None: numpy arrays.
     One tensor is read, turned, cast and placed at a time: beyond the finished arrays, the host holds two of the largest
     tensor and MAPPED_BYTES of a file. A leading `prefix` of names is passed over.
 
     Raises:
         UserError: a file is truncated, holds other tensors than the network, or a value is not finite.
     """
-    return _place(_find(files, like, prefix), like, put)
+    return _read(_find(files, like, prefix), like, place)
 
 
 def check_weights(files: Sequence[Path], like: PyTree, *, prefix: str = "") -> None:
@@ -178,8 +174,9 @@ def _find(files: Sequence[Path], like: PyTree, prefix: str) -> list[tuple[_Tenso
     return [(tensors[leaf.name], leaf.to_flax) for leaf in leaves]
 
 
-def _place(found: list[tuple[_Tensor, Callable]], like: PyTree, put: Callable) -> PyTree:
+def _read(found: list[tuple[_Tensor, Callable]], like: PyTree, place: Callable | None) -> PyTree:
     templates, tree = jax.tree.flatten(like)
+    shardings = jax.tree.leaves(place(like)) if place else []
     arrays: list[Any] = [None] * len(templates)
     read = 0
 
@@ -201,8 +198,10 @@ def _place(found: list[tuple[_Tensor, Callable]], like: PyTree, put: Callable) -
                         f"{path}: tensor {tensor.name!r} holds values that are not finite in {array.dtype}; copy or"
                         " download it again, or save the model from sound weights"
                     )
-                arrays[i] = put(array)
-                jax.block_until_ready(arrays[i])  # a copy that is under way would keep the host's alive
+                arrays[i] = array
+                if place:
+                    arrays[i] = put(array, shardings[i])
+                    jax.block_until_ready(arrays[i])  # a copy that is under way would keep the host's alive
     return jax.tree.unflatten(tree, arrays)
 
 

@@ -19,7 +19,6 @@ from ddpo_jax.models.clip import CLIPTextModel
 from ddpo_jax.models.folder import (
     STEMS,
     check_weights,
-    on_host,
     read_weights,
     weight_files,
 )
@@ -28,6 +27,7 @@ from ddpo_jax.models.pipeline import Configs, read_configs, read_schedule, read_
 from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.models.unet import NUM_TIME_IDS, REMAT, UNet2DConditionModel
 from ddpo_jax.models.vae import AutoencoderKL
+from ddpo_jax.sharding import first_device
 from ddpo_jax.types import Condition, Frozen, Model, PyTree
 
 TEXT_PREFIX = "text_model."  # transformers 4 writes it everywhere, transformers 5 only beside a projection
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 
 class Pretrained(NamedTuple):
-    """Parameters on the first device, stored as `storage` says."""
+    """Parameters on the devices, stored as `storage` says."""
 
     text: dict[str, PyTree]  # one tree a text encoder, by its folder's name
     denoiser: PyTree
@@ -63,6 +63,7 @@ def load(
     variant: str = "",
     revision: str = "",
     exact: Callable[[str], bool] = nothing,
+    place: Callable = first_device,
 ) -> tuple[Model, Pretrained]:
     """The Model and parameters of a diffusers folder (`tiny`, a path or a hub id).
 
@@ -71,6 +72,7 @@ def load(
     remat: what the denoiser's backward pass keeps, one of unet.REMAT.
     variant: of the weights, such as "fp16".  revision: of a hub id.
     exact: the denoiser's parameters, by path, that are stored in float32 whatever `dtype` is.
+    place: tree of shapes -> tree of shardings; the first device by default.
 
     Raises:
         UserError: something is missing, broken, or not Stable Diffusion; the message names the file.
@@ -89,7 +91,7 @@ def load(
     prefixes = {part: TEXT_PREFIX if part in configs.text else "" for part in like}
     for part in like:  # of all, before gigabytes of the first are read
         check_weights(files[part], like[part], prefix=prefixes[part])
-    params = {part: read_weights(files[part], like[part], prefix=prefixes[part]) for part in like}
+    params = {part: read_weights(files[part], like[part], prefix=prefixes[part], place=place) for part in like}
     return functions, Pretrained(
         text={part: params[part] for part in configs.text},
         denoiser=params["unet"],
@@ -109,7 +111,7 @@ def freeze(model: Model, pretrained: Pretrained, *, reward: PyTree = ()) -> Froz
 def read_denoiser(source: Source) -> PyTree:
     """The denoiser's parameters as they are in the files, in float32 on the host."""
     shapes = denoiser_shapes(source)
-    return read_weights(weight_files(source.folder / "unet", STEMS["unet"], source.variant), shapes, put=on_host)
+    return read_weights(weight_files(source.folder / "unet", STEMS["unet"], source.variant), shapes, place=None)
 
 
 def denoiser_shapes(source: Source) -> PyTree:

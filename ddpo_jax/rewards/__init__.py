@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
 from ddpo_jax.rewards import clip_score, jpeg
+from ddpo_jax.sharding import first_device
 from ddpo_jax.types import Prompts, PyTree, Reward
 
 # Decoders clip to [0, 1]; this much is rounding, while pictures in [-1, 1] or [0, 255] are far outside it.
@@ -42,13 +43,13 @@ HOST = {
     "jpeg_incompressibility": jpeg.jpeg_incompressibility,
 }
 
-# Scorers that JAX traces, by what makes them: settings -> (pure, prepare, params), as `on_device` reads them
+# Scorers that JAX traces, by what makes them: settings, place -> (pure, prepare, params), as `on_device` reads them
 DEVICE = {
-    "clip_score": lambda settings: clip_score.make(settings.clip_model, settings.clip_template),
+    "clip_score": lambda settings, place: clip_score.make(settings.clip_model, settings.clip_template, place=place),
 }
 
 
-def make(names: str, settings: Settings) -> tuple[Reward, tuple[PyTree, ...]]:
+def make(names: str, settings: Settings, *, place: Callable = first_device) -> tuple[Reward, tuple[PyTree, ...]]:
     """The reward that the config names, and its parameters for `Frozen.reward`, one tree an expert.
 
     names: one name or several with commas between, each
@@ -57,9 +58,11 @@ def make(names: str, settings: Settings) -> tuple[Reward, tuple[PyTree, ...]]:
         array (b, H, W, 3) in [0, 1] and prompts a tuple of b strings; it runs on threads, so it may be slow;
       - "device:module:function", one that JAX can trace: fn(images) -> (b,). Only such a one has a gradient.
 
+    place: as in read_weights, of their parameters.
+
     Raises: UserError for a name that is none of these, for one given twice, and for a model that cannot be loaded.
     """
-    experts = [_make_expert(name.strip(), settings) for name in names.split(",")]
+    experts = [_make_expert(name.strip(), settings, place) for name in names.split(",")]
     return join([reward for reward, _ in experts]), tuple(params for _, params in experts)
 
 
@@ -205,13 +208,13 @@ def probe(reward: Reward, params: tuple[PyTree, ...], prompts: Prompts, *, resol
     reward.result(reward.submit(params, images, prompts))
 
 
-def _make_expert(name: str, settings: Settings) -> tuple[Reward, PyTree]:
+def _make_expert(name: str, settings: Settings, place: Callable) -> tuple[Reward, PyTree]:
     threads = {"deadline": settings.deadline, "num_workers": settings.num_workers}
     match name.split(":"):
         case [known] if known in HOST:
             return on_host(name, HOST[known], **threads), ()
         case [known] if known in DEVICE:
-            pure, prepare, params = DEVICE[known](settings)
+            pure, prepare, params = DEVICE[known](settings, place)
             return on_device(name, pure, prepare), params
         case [_, _]:
             return on_host(name, load_object(name), **threads), ()

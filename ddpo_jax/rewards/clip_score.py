@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from ddpo_jax.errors import UserError
@@ -15,6 +16,7 @@ from ddpo_jax.models.clip import MEAN, STD, CLIPConfig, CLIPModel, clip_config
 from ddpo_jax.models.folder import parsed, read_json, read_weights, weight_files
 from ddpo_jax.models.locate import TINY_CLIP, clip_files, locate
 from ddpo_jax.models.tokenizer import check_tokenizer, load_tokenizer, tokenize
+from ddpo_jax.sharding import first_device
 from ddpo_jax.types import Prompts, PyTree
 
 
@@ -26,7 +28,7 @@ class LoadedCLIP(NamedTuple):
     tokenize: Callable  # texts -> (b, s) int32
 
 
-def make(source: str, template: str) -> tuple[Callable, Callable, PyTree]:
+def make(source: str, template: str, *, place: Callable = first_device) -> tuple[Callable, Callable, PyTree]:
     """(pure, prepare, params) of the cosine similarity of picture and prompt, times 100.
 
     100 cos(E_I, E_T): the score of Radford et al. 2021 before its softmax, and CLIPScore (Hessel et al. 2021) without
@@ -38,24 +40,24 @@ def make(source: str, template: str) -> tuple[Callable, Callable, PyTree]:
     """
     if "{}" not in template:
         raise UserError(f"reward.clip_template={template!r}: expected {{}} in it, where the prompt stands")
-    module, params, tokenize_texts = load(source)
+    module, params, tokenize_texts = load(source, place=place)
     size = module.config.vision.image_size
 
-    def pure(params: PyTree, images: Float[Array, "b H W 3"], tokens: Int[Array, "b s"]) -> Float[Array, " b"]:
+    def pure(params: PyTree, images: Float[Array, "b H W 3"], tokens: Int[Any, "b s"]) -> Float[Array, " b"]:
         picture = module.apply({"params": params}, preprocess(images, size), method="encode_image")
-        text = module.apply({"params": params}, tokens, method="encode_text")
+        text = module.apply({"params": params}, jnp.asarray(tokens), method="encode_text")
         return 100.0 * (picture * text).sum(axis=-1)
 
-    def prepare(prompts: Prompts) -> Int32[Array, "b s"]:
-        return jnp.asarray(tokenize_texts([template.replace("{}", text) for text in prompts.texts]))
+    def prepare(prompts: Prompts) -> Int32[np.ndarray, "b s"]:
+        return np.asarray(tokenize_texts([template.replace("{}", text) for text in prompts.texts]))
 
     return pure, prepare, params
 
 
-def load(source: str) -> LoadedCLIP:
+def load(source: str, *, place: Callable = first_device) -> LoadedCLIP:
     """The CLIP in a folder as transformers saves it: config.json, model.safetensors and the tokenizer's files.
 
-    source: `reward.clip_model`: "tiny", a folder or a hub id.
+    source: `reward.clip_model`: "tiny", a folder or a hub id.  place: as in read_weights.
 
     Raises:
         UserError: something is missing, broken or does not fit; the message names the file.
@@ -72,7 +74,7 @@ def load(source: str) -> LoadedCLIP:
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens, pixels)["params"]
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, folder, "config.json", config.text.max_length, config.text.vocab_size)
-    params = read_weights(weight_files(folder, "model", None), shapes)
+    params = read_weights(weight_files(folder, "model", None), shapes, place=place)
     return LoadedCLIP(module, params, lambda texts: tokenize(tokenizer, texts))
 
 

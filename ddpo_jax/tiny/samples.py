@@ -21,6 +21,7 @@ from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.stable_diffusion import freeze
 from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
+from ddpo_jax.sharding import one_device
 from ddpo_jax.tiny import judge
 from ddpo_jax.tiny.pictures import write_sheet
 from ddpo_jax.tiny.render import ANIMALS, PROMPTS
@@ -49,20 +50,18 @@ def draw(
     model, pretrained = stable_diffusion.load(source, dtype=jnp.float32)
     policy = make_policy(model, num_steps=num_steps, eta=ETA, guidance_scale=GUIDANCE_SCALE)
     frozen = freeze(model, pretrained)
-    program = make_sampler(model, policy, full().merge)
+    program = make_sampler(model, policy, full().merge, layout=one_device())
     tokens = jnp.asarray(tokenize_all(pretrained.tokenizers, prompts))
     key, count = jax.random.key(0), len(prompts)
-    rounds = [
-        np.asarray(program(pretrained.denoiser, frozen, tokens, sample_keys(key, i * count, count))[2])
-        for i in range(num_samples)
-    ]
+    keys = (sample_keys(key, np.arange(i * count, (i + 1) * count)) for i in range(num_samples))
+    rounds = [np.asarray(program(pretrained.denoiser, frozen, tokens, own)[2]) for own in keys]
     return np.stack(rounds, axis=1)
 
 
 def reconstruct(source: str, images: Float32[np.ndarray, "b H W 3"]) -> Float32[np.ndarray, "b H W 3"]:
     """The pictures once they went through the VAE of a model: encoded, drawn from the posterior, decoded."""
     model, pretrained = stable_diffusion.load(source, dtype=jnp.float32)
-    keys = sample_keys(jax.random.key(1), 0, len(images))
+    keys = sample_keys(jax.random.key(1), np.arange(len(images)))
     through = jax.jit(lambda params, images: model.decode(params, model.encode(params, images, keys)))
     return np.asarray(through(pretrained.vae, images))
 

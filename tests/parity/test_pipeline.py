@@ -21,6 +21,7 @@ from ddpo_jax.models.stable_diffusion import freeze, read_denoiser
 from ddpo_jax.models.tokenizer import load_tokenizer, tokenize, tokenize_all
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.saved import export_trained
+from ddpo_jax.sharding import one_device
 from ddpo_jax.tiny.tokenizer import write_tokenizer
 
 with warnings.catch_warnings():  # what these warn about on import is not ours to fix
@@ -128,9 +129,9 @@ def our_pictures(folder, guidance_scale):
     """Starting noise and images in [0, 1]."""
     model, pretrained = stable_diffusion.load(str(folder), dtype=jnp.float32)
     policy = make_policy(model, num_steps=NUM_STEPS, eta=0.0, guidance_scale=guidance_scale)
-    keys = sample_keys(jax.random.key(0), 0, len(PROMPTS))
+    keys = sample_keys(jax.random.key(0), np.arange(len(PROMPTS)))
     tokens = jnp.asarray(tokenize_all(pretrained.tokenizers, PROMPTS))
-    sampler = make_sampler(model, policy, finetune.full().merge)
+    sampler = make_sampler(model, policy, finetune.full().merge, layout=one_device())
     _, trajectory, images = sampler(pretrained.denoiser, freeze(model, pretrained), tokens, keys)
     return trajectory.x[:, 0], np.asarray(images)
 
