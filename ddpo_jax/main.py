@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     quieten()
     try:
-        with preemptible():
+        with preemptible() as watch:
             config, workdir = parse(argv)
             import jax  # after the signal handler and the flags: it takes seconds
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
             if config.compilation_cache:
                 jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-            train(config, workdir, argv)
+            train(config, workdir, argv, watch)
     except UserError as error:
         return fail("error", error, EXIT_USER_ERROR)
     except RunStopped as error:
@@ -52,19 +52,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextmanager
-def preemptible() -> Iterator[None]:
-    """Raises Preempted in the main thread at the first SIGTERM; later ones are ignored while the run is saved."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def preemptible() -> Iterator[Callable[[], None]]:
+    """Raises Preempted in the main thread at the first SIGTERM; later ones are ignored while the run is saved.
+
+    Gives a function that raises it too, once there was one: Python drops what a handler raises inside a destructor.
+    """
+    asked = Preempted("SIGTERM: stopped; the same command continues from the last whole round")
+    stopped = False
+
+    def watch() -> None:
+        if stopped:
+            raise asked
 
     def stop(signum: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Preempted("SIGTERM: stopped; the same command continues from the last whole round")
+        raise asked
 
+    if threading.current_thread() is not threading.main_thread():
+        yield watch
+        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield watch
     finally:
         signal.signal(signal.SIGTERM, before)
 

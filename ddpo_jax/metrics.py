@@ -53,8 +53,11 @@ class Rate(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
-def make_console() -> Console:
-    """Bars on a terminal; elsewhere plain lines, and one every PLAIN_EVERY seconds of a long phase."""
+def make_console(watch: Callable[[], None]) -> Console:
+    """Bars on a terminal; elsewhere plain lines, and one every PLAIN_EVERY seconds of a long phase.
+
+    watch: is called at each advance.
+    """
     console = RichConsole(soft_wrap=True, highlight=False)
     spent: dict[str, float | int] = {}
 
@@ -74,6 +77,7 @@ def make_console() -> Console:
                 if not console.is_terminal and now - said >= PLAIN_EVERY:
                     said, rate = now, done / (now - begin)
                     note(f"  {name} {done}/{total}  {rate:.2g}/s  {(total - done) / rate:.0f} s left")
+                watch()
 
             try:
                 yield advance

@@ -25,16 +25,17 @@ from ddpo_jax.update import make_update, optimize, summarize
 from ddpo_jax.workdir import claim
 
 
-def train(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
+def train(config: ConfigDict, workdir: Path, argv: Sequence[str], watch: Callable[[], None]) -> None:
     """Trains what `config` says in `workdir`, from where an earlier run there stopped, and exports the result.
 
     argv: the command line that said so, for the record.
+    watch: called again and again; raises Preempted once the run is to stop.
 
     Raises:
         UserError: something cannot be used; no work was done.
         RunStopped, Preempted: the run cannot or may not go on; its last whole round is saved.
     """
-    console = metrics.make_console()
+    console = metrics.make_console(watch)
     metrics.check_boards(config.tensorboard, config.wandb_project)
     with claim(workdir, config.to_dict()) as keep_config, running_clock() as clock:
         with clock.spend("loading"):

@@ -138,7 +138,7 @@ def test_time_left_is_in_a_unit_that_reads_well(seconds_left, said):
 
 
 def test_away_from_a_terminal_there_are_plain_lines_only(capsys):
-    console = metrics.make_console()
+    console = metrics.make_console(lambda: None)
     for name in ("rollout", "reward", "update"):
         with console.phase(name, 4) as advance:
             advance(2)
@@ -150,7 +150,7 @@ def test_away_from_a_terminal_there_are_plain_lines_only(capsys):
 def test_seconds_add_up_by_phase_and_start_again_once_read(monkeypatch):
     clock = iter([0.0, 0.5, 1.0, 10.0, 11.0, 12.0, 20.0, 21.0, 24.0])  # begin, advance, end
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    console = metrics.make_console()
+    console = metrics.make_console(lambda: None)
     for name in ("rollout", "update", "rollout"):
         with console.phase(name, 1) as advance:
             advance(1)
@@ -159,7 +159,7 @@ def test_seconds_add_up_by_phase_and_start_again_once_read(monkeypatch):
 
 
 def test_a_phase_that_is_broken_off_keeps_its_time():
-    console = metrics.make_console()
+    console = metrics.make_console(lambda: None)
     with pytest.raises(KeyboardInterrupt), console.phase("update", 2):
         raise KeyboardInterrupt
     assert console.seconds().keys() == {"update"}
@@ -168,7 +168,7 @@ def test_a_phase_that_is_broken_off_keeps_its_time():
 def test_a_long_phase_says_how_far_it_is(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 45.0, 46.0])
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    with metrics.make_console().phase("rollout", 16) as advance:
+    with metrics.make_console(lambda: None).phase("rollout", 16) as advance:
         for _ in range(3):
             advance(4)
     assert capsys.readouterr().out == "  rollout 8/16  0.2/s  40 s left\n"

@@ -16,7 +16,8 @@ import scorers
 from small_run import SMALL
 
 from ddpo_jax import metrics
-from ddpo_jax.main import main
+from ddpo_jax.errors import Preempted
+from ddpo_jax.main import main, preemptible
 from ddpo_jax.workdir import claim
 
 ROOT = Path(__file__).parents[1]
@@ -278,3 +279,24 @@ def test_errors_reach_the_shell(test_cache, tmp_path):
     process = start(test_cache, f"--config={tmp_path / 'none.py'}")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_a_signal_inside_a_destructor_is_not_lost():
+    """Python drops what a handler raises there; the next call of the watch raises it again."""
+    seen = []
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    sys.unraisablehook, hook = seen.append, sys.unraisablehook
+    try:
+        with preemptible() as watch:
+            watch()
+            del_me = Dying()
+            del del_me
+            with pytest.raises(Preempted):
+                watch()
+    finally:
+        sys.unraisablehook = hook
+    assert len(seen) == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
