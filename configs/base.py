@@ -15,8 +15,9 @@ def get_config() -> ConfigDict:
     config.num_epochs = 100
     # Rounds between checkpoints. A signal or an error saves the last whole round anyway; kill -9 loses up to so many.
     config.checkpoint_every = 10
-    # Checkpoints kept, newest first.
+    # Checkpoints kept: the newest, and beside them those after the rounds of the highest mean reward.
     config.keep_checkpoints = 2
+    config.keep_best_checkpoints = 1
     # Rounds between evaluations at fixed prompts and noise; 0: only before the first round and after the last.
     config.eval_every = 10
     # Pictures an evaluation draws of the train prompts, and as many of the held-out ones.
@@ -164,7 +165,7 @@ def get_config() -> ConfigDict:
     reward.clip_model = ""
     # What clip_score compares a picture with: {} stands for the prompt, as in "a photo of a {}".
     reward.clip_template = "{}"
-    # Deals each chunk's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
+    # Deals each round's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
     # of the evaluations stay the true ones.
     reward.shuffled = False
     # Seconds that a chunk's scores may take on the host once its pictures are there.

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from ddpo_jax import algorithms, data, rewards, settings
+from ddpo_jax import algorithms, data, multihost, rewards, settings
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import stable_diffusion
@@ -74,7 +74,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     )
     prompt_sets, notes = load_prompts(config.prompts, source, pretrained.tokenizers)
     frozen = freeze(model, pretrained, reward=reward_params)
-    frozen = frozen._replace(uncond=layout.replicate(frozen.uncond))
+    frozen = frozen._replace(uncond=jax.jit(layout.whole)(frozen.uncond))
     sampler = make_sampler(
         model, policy, tuning.merge, layout=layout, decode_chunk_size=config.sample.decode_chunk_size
     )
@@ -84,15 +84,15 @@ def build(config: ConfigDict, phase: Callable) -> Run:
 
     train_set, train_tokens = prompt_sets["train"]
     resolution = jax.eval_shape(model.decode, pretrained.vae, jnp.zeros((1, *model.latent_shape))).shape[1]
-    rewards.probe(reward, reward_params, data.every(train_set, train_tokens, count=2), resolution=resolution)
+    grey = data.every(train_set, train_tokens, count=2)
+    multihost.together(lambda: rewards.probe(reward, reward_params, grey, resolution=resolution))
     timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
     loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, reward_weights, timesteps)
     draw, method_settings = settings_of(config, loaded)
-    learned_from = parts._replace(reward=rewards.shuffled(reward)) if config.reward.shuffled else parts
     return Run(
         layout=layout,
         schedule=schedule,
-        algorithm=algorithms.make(config.algorithm, learned_from, method_settings),
+        algorithm=algorithms.make(config.algorithm, parts._replace(shuffled=config.reward.shuffled), method_settings),
         parts=parts,
         tuning=tuning,
         tx=tx,

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -16,11 +16,24 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.workdir import flatten
 
 USAGE = "python -m ddpo_jax.main --config=configs/NAME.py[:VARIANT] [--config.train.learning_rate=1e-5] [--workdir=DIR]"
+PROCESSES = {
+    "coordinator_address": "host:port of the first process of a run of several",
+    "num_processes": "how many there are",
+    "process_id": "which of them this is, from 0",
+}
 OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
-    """The config and the workdir (runs/<config name> by default) of a command line, program name left out.
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    config: ConfigDict
+    workdir: Path  # runs/<config name> by default
+    processes: dict[str, str | None]  # where the others of this run are; None where it does not say
+
+
+def parse(argv: list[str]) -> Command:
+    """The command line, program name left out.
 
     Raises:
         UserError: a flag, a field or a value is wrong.
@@ -37,7 +50,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
             hint = f"; did you mean --config.{near[0]}?" if near else "; configs/base.py lists every field"
             raise UserError(f"--config.{found[1]}: there is no such field{hint}")
     values = _flags(argv)
-    return values.config, Path(values.workdir or Path("runs") / run_name(values["config"].config_filename)).expanduser()
+    workdir = values.workdir or Path("runs") / run_name(values["config"].config_filename)
+    return Command(values.config, Path(workdir).expanduser(), {name: values[name].value for name in PROCESSES})
 
 
 def run_name(config_file: str) -> str:
@@ -83,6 +97,8 @@ def _flags(argv: list[str]) -> flags.FlagValues:
             sys.path.append(str(path.parents[1]))
     config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
+    for name, told in PROCESSES.items():
+        flags.DEFINE_string(name, None, told, flag_values=values)
     try:
         rest = values(argv)
     except Exception as error:  # a config file is Python, and may raise anything

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from ddpo_jax import multihost
 from ddpo_jax.advantages import combine
 from ddpo_jax.algorithms.parts import Parts, reward_report, scored_rollouts
 from ddpo_jax.types import Frozen, Prompts, PyTree
@@ -33,7 +34,7 @@ def evaluate(
     """The pictures of `trainable` at these prompts, with the same noise whenever it is called in a run."""
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), KEY_INDEX)
     images, scores = scored_rollouts(
-        parts, trainable, frozen, prompts, key, keep=lambda cond, trajectory, images: np.asarray(images)
+        parts, trainable, frozen, prompts, key, keep=lambda cond, trajectory, images: multihost.to_host(images)
     )
     rewards = combine(scores, weights)
     return Evaluation(images, rewards, reward_report(parts.reward.names, scores, rewards))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,14 @@ from ddpo_jax.errors import Preempted, RunStopped, UserError
 
 HELP = f"""{__doc__}
 
+A run of several processes, one a host, is the same command on each. Under Slurm, Open MPI and Kubernetes and on a TPU
+pod they find each other; elsewhere give each --coordinator_address=HOST:PORT --num_processes=N --process_id=I, or the
+environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
 Every field of the config is described in configs/base.py. The workdir is runs/<config name> by default; the same
 command continues the run that is in it."""
 
+EXIT_FAULT = 1
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
@@ -28,15 +34,28 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP)
         return 0
     quieten()
+    status = run(argv)
+    if "jax" in sys.modules:
+        from ddpo_jax import multihost
+
+        # Those that end well or were asked to stop all do; the first may still draw the report.
+        multihost.leave(status, seconds=300 if status in (0, EXIT_PREEMPTED) else multihost.MEETING)
+    return status
+
+
+def run(argv: list[str]) -> int:
+    """The exit status of a training."""
     try:
         with preemptible() as watch:
-            config, workdir = parse(argv)
+            config, workdir, processes = parse(argv)
             import jax  # after the signal handler and the flags: it takes seconds
 
+            from ddpo_jax import multihost
             from ddpo_jax.train import train
 
             if config.compilation_cache:
                 jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+            multihost.initialize(processes)
             train(config, workdir, argv, watch)
     except UserError as error:
         return fail("error", error, EXIT_USER_ERROR)
@@ -48,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last whole round", file=sys.stderr)
         return 130
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAULT
     return 0
 
 

@@ -53,12 +53,12 @@ class Rate(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
-def make_console(watch: Callable[[], None]) -> Console:
+def make_console(watch: Callable[[], None], *, quiet: bool = False) -> Console:
     """Bars on a terminal; elsewhere plain lines, and one every PLAIN_EVERY seconds of a long phase.
 
-    watch: is called at each advance.
+    watch: is called at each advance.  quiet: shows nothing.
     """
-    console = RichConsole(soft_wrap=True, highlight=False)
+    console = RichConsole(soft_wrap=True, highlight=False, quiet=quiet)
     spent: dict[str, float | int] = {}
 
     @contextmanager
@@ -104,12 +104,17 @@ def make_writer(
     note: Callable[[str], None],
     tensorboard: bool,
     wandb_project: str,
+    quiet: bool = False,
 ) -> Writer:
     """A writer that continues at `first_epoch`: what a stopped run wrote of later epochs is dropped.
+
+    quiet: one that writes nothing, where another process does.
 
     Raises:
         UserError: TensorBoard or wandb is asked for and not installed.
     """
+    if quiet:
+        return Writer(*[lambda *told: None] * len(Writer._fields))
     boards = [make(workdir, first_epoch) for make in _boards(tensorboard, wandb_project)]
     metrics, evaluations = workdir / "metrics.jsonl", workdir / "evaluations.jsonl"
     drop_later(metrics, first_epoch)

@@ -163,6 +163,7 @@ def check(config: ConfigDict) -> None:
     not_negative = {
         "seed": config.seed,
         "eval_every": config.eval_every,
+        "keep_best_checkpoints": config.keep_best_checkpoints,
         "sample.decode_chunk_size": sample.decode_chunk_size,
         "train.min_timestep": train.min_timestep,
         "train.kl_weight": train.kl_weight,

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.types import PyTree
@@ -127,13 +128,13 @@ def spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
 
 
 def first_device(tree: PyTree) -> PyTree:
-    """A sharding for each leaf: whole, on the first device. For work that is no run's."""
-    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
+    """A sharding for each leaf: whole, on this process's first device. For work that is no run's."""
+    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), tree)
 
 
 def one_device() -> Layout:
     """The layout of `first_device`."""
-    return make_layout(devices=jax.devices()[:1])
+    return make_layout(devices=jax.local_devices()[:1])
 
 
 def put(array, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -142,6 +143,18 @@ def put(array, sharding: jax.sharding.Sharding) -> jax.Array:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def local_rows(array: jax.Array | np.ndarray) -> tuple[Int[np.ndarray, " n"], np.ndarray]:
+    """The rows of a (b, ...) array that are this process's to work on, and their numbers: each row is one process's."""
+    if not isinstance(array, jax.Array):
+        return np.arange(len(array)), np.asarray(array)
+    own = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    if not own:
+        return np.zeros(0, int), np.zeros((0, *array.shape[1:]), array.dtype)
+    own.sort(key=lambda shard: shard.index[0].start or 0)
+    numbers = [np.arange(len(array))[shard.index[0]] for shard in own]
+    return np.concatenate(numbers), np.concatenate([np.asarray(shard.data) for shard in own])
 
 
 def bytes_held(tree: PyTree) -> int:
@@ -171,6 +184,9 @@ def _arrange(sizes: tuple[int, ...], devices: Sequence) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices)
+    if sizes[0] % slices and devices[0].platform != "tpu":  # GPUs of one host may count as a slice
+        order = sorted(devices, key=lambda device: (device.slice_index, device.id))
+        return np.array(order, object).reshape(sizes)
     if sizes[0] % slices:
         raise UserError(f"mesh.data={sizes[0]}: expected a multiple of the {slices} slices, which it joins")
     inside = (sizes[0] // slices, *sizes[1:])

@@ -43,5 +43,6 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{name.replace("-", "_"): version(name) for name in PACKAGES},
-        "devices": devices[0].device_kind + (f", one of {len(devices)}" if len(devices) > 1 else ""),
+        "devices": (f"{len(devices)} x " if len(devices) > 1 else "") + devices[0].device_kind,
+        "processes": jax.process_count(),
     }

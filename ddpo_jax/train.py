@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax import checkpoint, metrics, report
+from ddpo_jax import checkpoint, metrics, multihost, report
 from ddpo_jax.build import Run, build, init_state
 from ddpo_jax.clock import Clock, running_clock
 from ddpo_jax.diffusers_folder import check_target
@@ -24,6 +26,8 @@ from ddpo_jax.types import PyTree, TrainState
 from ddpo_jax.update import make_update, optimize, summarize
 from ddpo_jax.workdir import claim
 
+LOST_LOCK = 150  # seconds that a file server keeps the lock of a host that is gone, and more
+
 
 def train(config: ConfigDict, workdir: Path, argv: Sequence[str], watch: Callable[[], None]) -> None:
     """Trains what `config` says in `workdir`, from where an earlier run there stopped, and exports the result.
@@ -35,42 +39,59 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str], watch: Callabl
         UserError: something cannot be used; no work was done.
         RunStopped, Preempted: the run cannot or may not go on; its last whole round is saved.
     """
-    console = metrics.make_console(watch)
+    console = metrics.make_console(multihost.watching(watch), quiet=not multihost.is_main())
     metrics.check_boards(config.tensorboard, config.wandb_project)
-    with claim(workdir, config.to_dict()) as keep_config, running_clock() as clock:
+    patience = LOST_LOCK if jax.process_count() > 1 else 0
+    claimed = multihost.inside_on_main(claim(workdir, config.to_dict(), patience=patience))
+    with claimed as keep_config, running_clock() as clock:
         with clock.spend("loading"):
             run = build(config, console.phase)
-        check_target(run.source, workdir / "export")
-        keep_config()
-        with checkpoint.open_manager(workdir / "checkpoints", keep=config.keep_checkpoints) as manager:
+        multihost.on_main(lambda: begin_workdir(run, workdir, keep_config))
+        checkpoints = checkpoint.open_manager(
+            workdir / "checkpoints",
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best_checkpoints,
+            note=console.note,
+        )
+        with checkpoints as manager:
             state = init_state(run, seed=config.seed, ema=config.train.ema_decay > 0)
             state = checkpoint.restore_latest(manager, state) or state
             if not (run.tuning.reads_pretrained or run.algorithm.reads_reference):
                 run = run._replace(frozen=run.frozen._replace(denoiser=None))
+            first = int(state.epoch)
             writer = metrics.make_writer(
                 workdir,
-                first_epoch=int(state.epoch),
+                first_epoch=first,
                 num_epochs=config.num_epochs,
                 note=console.note,
                 tensorboard=config.tensorboard,
                 wandb_project=config.wandb_project,
+                quiet=not multihost.is_main(),
             )
-            keep_start(workdir, argv, epoch=int(state.epoch))
-            for note in run.notes:
-                console.note(note)
+            multihost.on_main(lambda: keep_start(workdir, argv, epoch=first))
             frozen, learned = bytes_held(run.frozen), bytes_held(state)
-            console.note(f"a device holds {frozen / 1e6:.0f} MB of weights, {learned / 1e6:.0f} MB of training state")
+            for note in (
+                *run.notes,
+                f"a device holds {frozen / 1e6:.0f} MB of weights, {learned / 1e6:.0f} MB of training state",
+            ):
+                console.note(note)
             try:
                 state = loop(config, run, state, manager, console, writer, clock, workdir)
             finally:
                 writer.close()
                 with clock.spend("report"):
                     draw_report(workdir, console.note, running=False)
-            trained = checkpoint.host_copy(state.params if state.ema is None else state.ema)
+            trained = multihost.to_host(state.params if state.ema is None else state.ema)
             card = about(config, name=workdir.name, epochs=int(state.epoch))
-            export_trained(run.source, workdir / "export", run.tuning, trained, about=card)
+            multihost.on_main(lambda: export_trained(run.source, workdir / "export", run.tuning, trained, about=card))
             console.note(f"exported to {workdir / 'export'}")
             console.note(clock.split())
+
+
+def begin_workdir(run: Run, workdir: Path, keep_config: Callable[[], None]) -> None:
+    """Makes the folder this run's, once all of it was built."""
+    check_target(run.source, workdir / "export")
+    keep_config()
 
 
 def loop(
@@ -86,9 +107,9 @@ def loop(
     """The rounds that are left. Whatever stops them, the last whole round is saved."""
     algorithm, frozen = run.algorithm, run.frozen
     update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay, layout=run.layout)
-    previous = (metrics.read(workdir / "metrics.jsonl") or [{}])[-1]
+    previous = multihost.on_main(lambda: (metrics.read(workdir / "metrics.jsonl") or [{}])[-1])
     skipped = float(state.opt_state.total_notfinite)
-    boundary, check = checkpoint.host_copy(state), algorithm.check
+    boundary, check = Boundary(checkpoint.host_copy(state), previous.get("reward/mean")), algorithm.check
     try:
         for epoch in itertools.count(int(state.epoch)):
             reason = algorithm.stop(previous)
@@ -105,7 +126,8 @@ def loop(
 
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
             key_collect, key_update = jax.random.split(key)
-            batch, carry, report = algorithm.collect(state.params, frozen, run.draw(epoch), state.carry, key_collect)
+            inputs = multihost.together(lambda epoch=epoch: run.draw(epoch))
+            batch, carry, report = algorithm.collect(state.params, frozen, inputs, state.carry, key_collect)
             state, history = optimize(
                 update,
                 algorithm,
@@ -130,16 +152,30 @@ def loop(
             }
             skipped = float(state.opt_state.total_notfinite)
             writer.scalars(epoch, {"step": int(state.step), **previous})
-            boundary = checkpoint.host_copy(state)
+            boundary = Boundary(checkpoint.host_copy(state), previous.get("reward/mean"))
             if (epoch + 1) % config.checkpoint_every == 0:
-                checkpoint.save(manager, epoch + 1, boundary)
+                checkpoint.save(manager, epoch + 1, state, score=boundary.reward)
         if reason:
             console.note(f"the run ends here: {reason}")
-        return state
-    finally:
-        # The end, an error, a signal: each leaves the last whole round on disk.
-        if boundary.epoch:
-            checkpoint.save(manager, int(boundary.epoch), boundary)
+    except BaseException as error:
+        # An error, a signal: each leaves the last whole round on disk. Of several processes all save, or none can.
+        if multihost.meet(multihost.MEETING):
+            traceback.clear_frames(error.__traceback__)  # what the broken-off round holds on the devices
+            boundary.save(manager)
+        raise
+    boundary.save(manager)
+    return state
+
+
+class Boundary(NamedTuple):
+    """The last whole round."""
+
+    state: PyTree  # a host_copy
+    reward: float | None
+
+    def save(self, manager) -> None:
+        if self.state.epoch:
+            checkpoint.save(manager, int(self.state.epoch), self.state, score=self.reward)
 
 
 def show(run: Run, trainable: PyTree, state: TrainState, epoch: int, writer: Writer, console: Console) -> None:
@@ -158,6 +194,8 @@ def show(run: Run, trainable: PyTree, state: TrainState, epoch: int, writer: Wri
 
 def draw_report(workdir: Path, note: Callable[[str], None], *, running: bool) -> None:
     """Writes report.html. A page that cannot be drawn is told of, and costs the run nothing."""
+    if not multihost.is_main():
+        return
     try:
         report.write(workdir, running=running)
     except Preempted:

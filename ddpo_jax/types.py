@@ -82,7 +82,7 @@ class Reward(NamedTuple):
 
     names: tuple[str, ...]
     submit: Callable  # reward params, images (b, H, W, 3), Prompts -> pending
-    result: Callable  # pending -> (b, experts) float32 numpy
+    result: Callable  # pending -> (b, experts) float32 numpy; NaN too where another process has the picture
     pure: Callable | None  # reward params, images, inputs -> (b,), differentiable; None for a host reward
 
 

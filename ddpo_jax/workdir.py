@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddpo_jax.errors import UserError
 
@@ -19,6 +20,7 @@ MAY_DIFFER = (
     "num_epochs",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_best_checkpoints",
     "eval_every",
     "compilation_cache",
     "tensorboard",
@@ -30,8 +32,10 @@ MAY_DIFFER = (
 
 
 @contextmanager
-def claim(workdir: Path, config: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+def claim(workdir: Path, config: Mapping[str, Any], *, patience: int | float = 0) -> Iterator[Callable[[], None]]:
     """Holds the folder for this run; gives a function that keeps the config in config.json.
+
+    patience: seconds to wait for another run to leave it.
 
     Until that is called nothing stays behind: a folder made here is removed again.
 
@@ -47,10 +51,11 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> Iterator[Callable[[], Non
         _remove_empty(made)
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); give a folder of yours") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--workdir={workdir}: another run is in it; wait for it or give another folder") from None
+        begin = time.monotonic()
+        while not _locked(lock):
+            if time.monotonic() - begin >= patience:
+                raise UserError(f"--workdir={workdir}: another run is in it; wait for it or give another folder")
+            time.sleep(1)
         try:
             _check_config(workdir, flat)
             yield lambda: write_atomically(workdir / "config.json", json.dumps(flat, indent=2) + "\n")
@@ -58,6 +63,14 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> Iterator[Callable[[], Non
             if {path.name for path in workdir.iterdir()} == {".lock"}:
                 (workdir / ".lock").unlink()
                 _remove_empty(made)
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _remove_empty(folders: list[Path]) -> None:

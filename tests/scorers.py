@@ -36,6 +36,39 @@ def raising_later(images, prompts):
     return brightness(images, prompts)
 
 
+def on_one_process(scorer):
+    """A scorer that is only this one on the second of several processes, after its first call there."""
+    calls = []
+
+    def score(images, prompts):
+        import jax
+
+        calls.append(len(images))
+        return scorer(images, prompts) if jax.process_index() == 1 and len(calls) > 1 else brightness(images, prompts)
+
+    return score
+
+
+def without_scores(images, prompts):
+    return np.full(len(images), np.nan)
+
+
+raising_on_one = on_one_process(raising)
+hanging_on_one = on_one_process(hanging)
+nothing_on_one = on_one_process(without_scores)
+
+
+def unreadable_on_one(index):
+    """A source of images of which one cannot be read, on the second of several processes."""
+    import jax
+
+    from ddpo_jax.errors import UserError
+
+    if jax.process_index() == 1 and index >= 7:
+        raise UserError(f"picture {index} cannot be read")
+    return colored(index)
+
+
 def colored(index):
     """A 16 x 16 picture of one colour and its name; a pure function of the index."""
     names = ("red", "green", "blue")

@@ -13,7 +13,18 @@ PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 # As in the design; what it names no place for stands as far to the left as what it reads allows.
 ORDER = [
     *("types", "errors", "plugins", "workdir", "config", "command"),
-    *("process", "losses", "advantages", "sharding", "convert", "models", "policy", "finetune", "optimizers"),
+    *(
+        "multihost",
+        "process",
+        "losses",
+        "advantages",
+        "sharding",
+        "convert",
+        "models",
+        "policy",
+        "finetune",
+        "optimizers",
+    ),
     *("rewards", "algorithms", "update", "data", "image_text"),
     *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
     *("settings", "build", "saved"),

@@ -1,7 +1,10 @@
 """Checkpoints: bit-exact, kept in number, and never torn by a signal."""
 
 import os
+import re
+import shutil
 import signal
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -52,6 +55,89 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
         checkpoint.restore_latest(manager, other)
 
 
+def same(found, expected):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A folder of the checkpoints 1, 2, 3. Do not write to it."""
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
+    with checkpoint.open_manager(folder, keep=3) as manager:
+        for step in (1, 2, 3):
+            checkpoint.save(manager, step, tree(step))
+    return folder
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+def test_the_checkpoint_before_one_that_is_not_whole_is_taken(three, tmp_path, damage):
+    """Whichever of its files is hit. What is no part of the arrays may be missed by nobody."""
+    files, broken = sorted(path.relative_to(three) for path in (three / "3").rglob("*") if path.is_file()), 0
+    for i, file in enumerate(files):
+        folder, notes = tmp_path / str(i) / "checkpoints", []
+        shutil.copytree(three, folder)
+        damage(folder / file)
+        with checkpoint.open_manager(folder, keep=3, note=notes.append) as manager:
+            found = checkpoint.restore_latest(manager, tree(0))
+            if not notes:
+                assert same(found, tree(3))
+                continue
+            broken += 1
+            assert same(found, tree(2)) and manager.latest_step() == 2
+            checkpoint.save(manager, 3, tree(4))
+        assert re.match(r"checkpoint 3 is not whole \(.+\): kept as .*/broken-3, and the one before", *notes)
+        assert (folder / "broken-3").is_dir()
+        with checkpoint.open_manager(folder, keep=3, note=notes.append) as manager:
+            assert same(checkpoint.restore_latest(manager, tree(0)), tree(4)) and len(notes) == 1
+    assert broken >= 3
+
+
+def test_nothing_whole_is_an_error(three, tmp_path):
+    """To begin anew would throw away what somebody may still restore."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three, folder)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            empty(file)
+    with (
+        pytest.raises(UserError, match=r"no checkpoint is whole .*; restore one"),
+        checkpoint.open_manager(folder, keep=2),
+    ):
+        pass
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "no"), MemoryError()])
+def test_a_disk_that_cannot_be_read_now_costs_nothing(three, tmp_path, monkeypatch, error):
+    def fail(path):
+        raise error
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three, folder)
+    monkeypatch.setattr(checkpoint, "_read_through", fail)
+    with pytest.raises(UserError, match=r"3: could not be read .*; try again"), checkpoint.open_manager(folder, keep=2):
+        pass
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for scores in ({1: 0.5, 2: 3.0, 3: None, 4: 1.0}, {5: float("nan"), 6: 2.0, 7: 0.0}):
+        with checkpoint.open_manager(folder, keep=2, keep_best=1) as manager:
+            for step, score in scores.items():
+                checkpoint.save(manager, step, tree(step), score=score)
+    with checkpoint.open_manager(folder, keep=2, keep_best=1) as manager:
+        assert sorted(manager.all_steps()) == [2, 6, 7] and manager.best_step() == 2
+
+
 def test_a_host_copy_outlives_its_source():
     source = {"x": np.zeros(3), "y": jnp.ones(2)}
     copy = checkpoint.host_copy(source)
@@ -73,9 +159,9 @@ def test_a_signal_waits_for_the_end_of_a_save(number, tmp_path, monkeypatch):
         with checkpoint.open_manager(tmp_path / "checkpoints", keep=2) as manager:
             save = manager.save
 
-            def save_amid_signals(step, args):
+            def save_amid_signals(step, **options):
                 os.kill(os.getpid(), number)
-                return save(step, args=args)
+                return save(step, **options)
 
             monkeypatch.setattr(manager, "save", save_amid_signals)
             with pytest.raises(Interrupted):

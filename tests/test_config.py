@@ -12,7 +12,7 @@ BASE = f"--config={ROOT / 'configs' / 'base.py'}"
 
 
 def test_fields_are_overridden_and_keep_their_types():
-    config, workdir = parse(
+    config, workdir, _ = parse(
         [BASE, "--config.train.learning_rate=1", "--config.sample.num_steps=7", "--config.tensorboard"]
     )
     assert config.train.learning_rate == 1.0 and isinstance(config.train.learning_rate, float)
@@ -23,14 +23,14 @@ def test_fields_are_overridden_and_keep_their_types():
 
 
 def test_values_may_follow_their_field():
-    config, workdir = parse([BASE, "--config.sample.num_steps", "7", "--workdir", "~/somewhere"])
+    config, workdir, _ = parse([BASE, "--config.sample.num_steps", "7", "--workdir", "~/somewhere"])
     assert config.sample.num_steps == 7
     assert workdir == Path.home() / "somewhere"
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py")))
 def test_recipes_parse(recipe):
-    config, workdir = parse([f"--config={ROOT / 'configs' / recipe}.py"])
+    config, workdir, _ = parse([f"--config={ROOT / 'configs' / recipe}.py"])
     assert workdir.name == recipe
     assert config.num_epochs > 0
 
@@ -58,7 +58,7 @@ def varied(tmp_path):
     [("", "varied", 0, 0.0), (":", "varied", 0, 0.0), (":lora", "varied-lora", 4, 0.0), (":kl", "varied-kl", 0, 1.0)],
 )
 def test_a_variant_changes_its_fields_and_has_its_own_workdir(varied, variant, name, rank, weight):
-    config, workdir = parse([varied + variant])
+    config, workdir, _ = parse([varied + variant])
     assert (config.train.lora_rank, config.train.kl_weight) == (rank, weight)
     assert workdir == Path("runs") / name
     assert parse([varied + variant, "--config.train.lora_rank=2"])[0].train.lora_rank == 2

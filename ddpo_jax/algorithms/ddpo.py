@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddpo_jax import advantages, losses
+from ddpo_jax import advantages, losses, multihost
 from ddpo_jax.algorithms.parts import Parts, reward_report, scored_rollouts
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.sharding import Layout
@@ -168,7 +168,8 @@ def _algorithm(
 
     def slices(batch: Rollouts) -> Bool[np.ndarray, "b T"]:
         count = len(batch.weight)  # the trajectories go on with what fills them up
-        t, trained = np.asarray(batch.trajectory.t)[:count], np.asarray(batch.trajectory.trained)[:count]
+        t, trained = multihost.to_host((batch.trajectory.t, batch.trajectory.trained))
+        t, trained = t[:count], trained[:count]
         return trained & (t[:, :-1] >= min_timestep) & (np.asarray(batch.weight) > 0)[:, None]
 
     def stop(scalars: Mapping[str, Any]) -> str | None:

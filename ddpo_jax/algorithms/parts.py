@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float32, Int, Key
 
-from ddpo_jax import rewards
+from ddpo_jax import multihost, rewards
+from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.policy import sample_keys
 from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Frozen, Model, Policy, Prompts, PyTree, Reward
@@ -25,6 +26,7 @@ class Parts(NamedTuple):
     phase: Callable  # name, total -> context manager that gives advance(count)
     layout: Layout
     chunk_size: int  # pictures a program call and shard of the batch
+    shuffled: bool = False  # deal a round's scores to the wrong pictures
 
 
 def scored_rollouts(
@@ -45,23 +47,34 @@ def scored_rollouts(
     """
     count = len(prompts.texts)
     calls = chunks(count, size=parts.chunk_size, num_shards=parts.layout.num_shards)
-    kept, pending = [], []
+    kept, pending, failed = [], [], None
     with parts.phase("rollout", count) as advance:
         for index in calls:
             chunk = rewards.take(prompts, np.minimum(index, count - 1))
             keys, start_keys = sample_keys(key, index), sample_keys(key, index, group_size=group_size)
             cond, trajectory, images = parts.sample(trainable, frozen, chunk.tokens, keys, start_keys)
-            pending.append(parts.reward.submit(frozen.reward, images, chunk))
+            try:
+                pending.append(parts.reward.submit(frozen.reward, images, chunk))
+            except (UserError, RunStopped) as error:
+                failed = failed or error  # the others hear of it below; until then all take the same steps
             kept.append(keep(cond, trajectory, images))
             jax.block_until_ready(kept[-2:-1])  # the chunk before: one is always under way
             advance(int((index < count).sum()))
         jax.block_until_ready(kept)
-    scores = np.empty((count, len(parts.reward.names)), np.float32)
+    scores = np.full((count, len(parts.reward.names)), np.nan, np.float32)
     with parts.phase("reward", count) as advance:
         for index in calls:
             real = index < count
-            scores[index[real]] = parts.reward.result(pending.pop(0))[real]
+            try:
+                if failed is None:
+                    scores[index[real]] = parts.reward.result(pending.pop(0))[real]
+            except (UserError, RunStopped) as error:
+                failed = error
             advance(int(real.sum()))
+        multihost.agree(failed)
+        scores = multihost.gather_scores(scores)
+    if parts.shuffled:
+        scores = rewards.shuffled(scores, key)
     return in_order(kept, calls, count, parts.layout), scores
 
 

@@ -2,6 +2,8 @@
 
 Two rules hold for every kind. A picture with a non-finite pixel is missing (NaN) before any scorer sees it: a NaN
 picture makes an excellent JPEG. A non-finite score, infinity too, is missing as well. Pixels are float in [0, 1].
+
+Each process scores what its own devices hold of the pictures, and leaves the scores of the others NaN.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
 from ddpo_jax.rewards import clip_score, jpeg
-from ddpo_jax.sharding import first_device
+from ddpo_jax.sharding import first_device, local_rows
 from ddpo_jax.types import Prompts, PyTree, Reward
 
 # Decoders clip to [0, 1]; this much is rounding, while pictures in [-1, 1] or [0, 255] are far outside it.
@@ -76,7 +78,9 @@ def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -
     """
 
     @jax.jit
-    def score(params: PyTree, images: Float[Array, "b H W 3"], inputs: PyTree) -> tuple[Array, ...]:
+    def score(
+        params: PyTree, images: Float[Array, "b H W 3"], inputs: PyTree
+    ) -> tuple[Float[Array, " b"], Float[Array, ""], Float[Array, ""]]:
         present = jnp.isfinite(images).all(axis=(1, 2, 3))
         shown = jnp.where(present[:, None, None, None], images, 0)
         scores = jnp.asarray(pure(params, shown, inputs), jnp.float32)
@@ -84,7 +88,7 @@ def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -
             raise UserError(
                 f"reward {name} must return shape {present.shape}, one number a picture, not {scores.shape}"
             )
-        return scores, present, shown.min(), shown.max()
+        return jnp.where(present, scores, jnp.nan), shown.min(), shown.max()
 
     def submit(params: PyTree, images: Float[Any, "b H W 3"], prompts: Prompts) -> PyTree:
         try:
@@ -95,12 +99,14 @@ def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -
             raise RunStopped(f"reward {name} raised {type(error).__name__} while traced: {error}") from error
 
     def result(pending: PyTree) -> Float32[np.ndarray, "b 1"]:
+        scores, *bounds = pending
         try:
-            scores, present, lowest, highest = jax.device_get(pending)
+            rows, own = local_rows(scores)
+            lowest, highest = map(float, bounds)
         except Exception as error:
             raise RunStopped(f"reward {name} failed on the device ({type(error).__name__}: {error})") from error
-        _check_pixels(name, float(lowest), float(highest))
-        return _finite_or_missing(np.where(present, scores, np.nan))[:, None]
+        _check_pixels(name, lowest, highest)
+        return _spread(_finite_or_missing(own), rows, len(scores))[:, None]
 
     return Reward(names=(name,), submit=submit, result=result, pure=pure)
 
@@ -131,14 +137,13 @@ def on_host(
     start = _make_workers(num_workers)
 
     def score(images: Float[Any, "b H W 3"], prompts: Prompts) -> Float32[np.ndarray, " b"]:
-        pixels = np.asarray(images, np.float32)
+        rows, pixels = local_rows(images)
         present = np.isfinite(pixels).all(axis=(1, 2, 3))
-        scores = np.full(len(pixels), np.nan, np.float32)
-        if present.any():
-            shown = pixels[present]
-            _check_pixels(name, float(shown.min()), float(shown.max()))
-            scores[present] = _call(name, fn, shown, prepare, take(prompts, np.flatnonzero(present)))
-        return scores
+        rows, shown = rows[present], pixels[present].astype(np.float32)
+        if not len(rows):
+            return np.full(len(images), np.nan, np.float32)
+        _check_pixels(name, float(shown.min()), float(shown.max()))
+        return _spread(_call(name, fn, shown, prepare, take(prompts, rows)), rows, len(images))
 
     def submit(params: PyTree, images: Float[Any, "b H W 3"], prompts: Prompts) -> tuple[Any, Future]:
         return images, start(lambda: score(images, prompts))
@@ -182,21 +187,16 @@ def join(rewards: Sequence[Reward]) -> Reward:
     return Reward(names=names, submit=submit, result=result, pure=pure if single else None)
 
 
-def shuffled(reward: Reward) -> Reward:
-    """The same scores, each batch's dealt out anew among its pictures: a control, from which nothing can be learned.
+def shuffled(scores: Float32[np.ndarray, "b experts"], key: Key[Any, ""]) -> Float32[np.ndarray, "b experts"]:
+    """The same scores dealt out anew among the pictures: a control, from which nothing can be learned.
 
-    A picture without any score keeps none; what one expert lacks is dealt out with the rest. A batch's statistics are
-    the true ones. The order follows from the scores, so that a run that is continued deals as one that was not stopped.
+    A picture without any score keeps none; what one expert lacks is dealt out with the rest. The order follows from
+    `key`.
     """
-
-    def result(pending: PyTree) -> Float32[np.ndarray, "b experts"]:
-        scores = reward.result(pending).copy()
-        present = np.isfinite(scores).any(axis=1)
-        rng = np.random.default_rng(scores.view(np.uint32).ravel())
-        scores[present] = rng.permutation(scores[present])
-        return scores
-
-    return reward._replace(result=result, pure=None)
+    scores, rng = scores.copy(), np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    present = np.isfinite(scores).any(axis=1)
+    scores[present] = rng.permutation(scores[present])
+    return scores
 
 
 def probe(reward: Reward, params: tuple[PyTree, ...], prompts: Prompts, *, resolution: int) -> None:
@@ -281,6 +281,13 @@ def take(prompts: Prompts, indices: Int[np.ndarray, " n"]) -> Prompts:
         id=np.asarray(prompts.id)[indices],
         metadata=tuple(prompts.metadata[i] for i in indices),
     )
+
+
+def _spread(scores: Float32[np.ndarray, " n"], rows: Int[np.ndarray, " n"], count: int) -> Float32[np.ndarray, " b"]:
+    """The scores of these rows of a batch of `count`, NaN elsewhere."""
+    everyone = np.full(count, np.nan, np.float32)
+    everyone[rows] = scores
+    return everyone
 
 
 def _finite_or_missing(scores: np.ndarray) -> Float32[np.ndarray, " b"]:

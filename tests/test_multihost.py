@@ -1,0 +1,265 @@
+"""Several processes of one run: how they find each other, that they end as one does, and that none waits for ever."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from small_run import SMALL, distance, equal
+
+from ddpo_jax import metrics, multihost
+from ddpo_jax.errors import UserError
+from ddpo_jax.main import main
+
+ROOT = Path(__file__).parents[1]
+NUM_EPOCHS = 5
+PATIENCE = 60  # seconds in which all processes are to end once one cannot go on
+
+
+def flags(folder, workdir, **changes):
+    settings = {
+        "pretrained.model": folder,
+        "num_epochs": NUM_EPOCHS,
+        "checkpoint_every": 1,
+        "eval_every": 0,
+        "compilation_cache": "",
+        **SMALL,
+        "mesh.data": -1,
+        "train.learning_rate": 2e-4,
+        "reward.name": "device:scorers:redness",
+        **changes,
+    }
+    return [
+        f"--config={ROOT / 'configs' / 'base.py'}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    ]
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class Processes:
+    """One run in several processes, with their devices simulated."""
+
+    def __init__(self, cache, arguments, *, count=2, devices=4, program=("-m", "ddpo_jax.main")):
+        port, kept = free_port(), re.sub(r"--xla_force_host\S+", "", os.environ["XLA_FLAGS"])
+        self.all = []
+        for i in range(count):
+            several = {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(i),
+            }
+            environ = {
+                **os.environ,
+                "XLA_FLAGS": f"{kept} --xla_force_host_platform_device_count={devices}",
+                "PYTHONPATH": str(ROOT / "tests"),
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                **(several if count > 1 else {}),
+            }
+            command = [sys.executable, *program, *arguments]
+            self.all.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+
+    def wait(self, timeout):
+        """The exit status and the output of each."""
+        begin = time.monotonic()
+        try:
+            outputs = [p.communicate(timeout=max(1, begin + timeout - time.monotonic()))[0] for p in self.all]
+        finally:
+            for process in self.all:
+                process.kill()
+        return [process.returncode for process in self.all], outputs
+
+
+def wait_for_rounds(processes, workdir, count):
+    deadline = time.monotonic() + 240
+    while len(metrics.read(workdir / "metrics.jsonl")) < count:
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes.all):
+            for process in processes.all:
+                process.kill()
+            pytest.fail("\n".join(processes.wait(10)[1]))
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+
+
+def last_checkpoint(workdir):
+    """The newest checkpoint's step, and its arrays as numpy, whatever devices it was saved from."""
+    folder = (workdir / "checkpoints").absolute()
+    with ocp.CheckpointManager(folder, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        step = manager.latest_step()
+        tree = manager.item_metadata(step).tree
+        restore_args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return step, manager.restore(step, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args))
+
+
+def trained(cache, arguments, workdir, **options):
+    statuses, outputs = Processes(cache, arguments, **options).wait(400)
+    assert set(statuses) == {0}, "\n".join(outputs)
+    step, state = last_checkpoint(workdir)
+    assert step == NUM_EPOCHS
+    return state
+
+
+def one_device(folder, workdir, **changes):
+    assert main(flags(folder, workdir, **{"mesh.data": 1, **changes})) == 0
+    step, state = last_checkpoint(workdir)
+    assert step == NUM_EPOCHS
+    return state
+
+
+def test_one_signal_stops_all_and_any_mesh_goes_on(small_folder, test_cache, tmp_path):
+    """Pictures are scored on the host where they are; all else is of the whole round."""
+    lora = {"train.lora_rank": 2, "reward.name": "scorers:brightness"}
+    workdir, straight = tmp_path / "run", tmp_path / "straight"
+    expected = trained(test_cache, flags(small_folder, straight, **lora), straight)
+    arguments = flags(small_folder, workdir, **lora)
+    processes = Processes(test_cache, flags(small_folder, workdir, num_epochs=1000, **lora))
+    wait_for_rounds(processes, workdir, 2)
+    processes.all[1].send_signal(signal.SIGTERM)
+    statuses, outputs = processes.wait(PATIENCE)
+    assert statuses == [75, 75], "\n".join(outputs)
+    assert all("continues from the last whole round" in output for output in outputs)
+    step, _ = last_checkpoint(workdir)
+    assert 2 <= step < NUM_EPOCHS, "too late: it went on for too long after the signal"
+
+    for name in ("one", "two"):
+        shutil.copytree(workdir, tmp_path / name)
+    assert equal(trained(test_cache, arguments, workdir), expected)
+    assert distance(one_device(small_folder, tmp_path / "one", **lora)["params"], expected["params"]) <= 1e-5
+    two = one_device(small_folder, tmp_path / "two", **{"mesh.fsdp": 2, **lora})
+    assert distance(two["params"], expected["params"]) <= 1e-5
+    rows = [metrics.read(folder / "metrics.jsonl") for folder in (straight, workdir, tmp_path / "one")]
+    assert {len(told) for told in rows} == {NUM_EPOCHS}  # of two processes one tells
+    for one, *others in zip(*rows, strict=True):
+        for other in others:
+            np.testing.assert_allclose(other["reward/mean"], one["reward/mean"], rtol=1e-5)
+
+
+def test_killed_at_any_moment(small_folder, test_cache, tmp_path):
+    """One process, and the other sees that it is gone; or both."""
+    two = {"count": 2, "devices": 1}
+    arguments = [flags(small_folder, tmp_path / name, **{"mesh.fsdp": 2}) for name in ("straight", "killed")]
+    expected = trained(test_cache, arguments[0], tmp_path / "straight", **two)
+    for count, number in ((1, 1), (3, 2)):
+        processes = Processes(test_cache, arguments[1], **two)
+        wait_for_rounds(processes, tmp_path / "killed", count)
+        for process in random.sample(processes.all, number):
+            process.kill()
+        statuses, outputs = processes.wait(PATIENCE)
+        assert 0 not in statuses, "\n".join(outputs)
+    assert equal(trained(test_cache, arguments[1], tmp_path / "killed", **two), expected)
+
+
+@pytest.mark.parametrize(
+    ("reward", "cause"),
+    [
+        ("raising", "process 1: reward scorers:raising_on_one raised OSError: the scorer's disk is full"),
+        ("hanging", "process 1: reward scorers:hanging_on_one gave no scores within 5 s"),
+        ("nothing", "4 of 8 rewards are missing"),
+    ],
+)
+def test_a_reward_that_fails_on_one_process_stops_all(small_folder, test_cache, tmp_path, reward, cause):
+    settings = {"reward.name": f"scorers:{reward}_on_one", "reward.deadline": 5}
+    statuses, outputs = Processes(test_cache, flags(small_folder, tmp_path / "run", **settings)).wait(2 * PATIENCE)
+    assert statuses == [3, 3]
+    assert all(cause in output for output in outputs)
+
+
+def test_a_fault_of_one_process_alone_ends_all(small_folder, test_cache, tmp_path):
+    """The others wait for it somewhere else, and it for none of them."""
+    settings = {"algorithm": "sft", "data.source": "scorers:unreadable_on_one", "data.batch_size": 8, "eval_prompts": 4}
+    arguments = flags(small_folder, tmp_path / "run", **settings)
+    statuses, outputs = Processes(test_cache, arguments).wait(2 * PATIENCE)
+    assert statuses[1] in (2, 3) and statuses[0] != 0
+    assert "picture 7 cannot be read" in outputs[1]
+
+
+def test_a_signal_to_a_process_that_is_alone_in_its_cluster(small_folder, test_cache, tmp_path):
+    """JAX takes over its SIGTERM all the same."""
+    workdir = tmp_path / "run"
+    alone = "import jax, sys; from ddpo_jax.main import main; jax.distributed.initialize('127.0.0.1:{}', 1, 0); {}"
+    code = alone.format(free_port(), "sys.exit(main(sys.argv[1:]))")
+    arguments = flags(small_folder, workdir, num_epochs=1000, **{"mesh.data": 1})
+    processes = Processes(test_cache, arguments, count=1, devices=1, program=["-c", code])
+    wait_for_rounds(processes, workdir, 2)
+    processes.all[0].send_signal(signal.SIGTERM)
+    statuses, outputs = processes.wait(PATIENCE)
+    assert statuses == [75], outputs
+    assert last_checkpoint(workdir)[0] >= 2
+
+
+# Finding each other
+
+
+def test_one_process_waits_for_nobody():
+    multihost.initialize({}, {})
+    multihost.initialize({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"})  # a shell in an allocation
+    multihost.initialize({"coordinator_address": "nowhere:1", "num_processes": "1", "process_id": "0"}, {})
+    assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2"}, "Slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "TPU"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod, of no indexed job
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, None),  # nothing to ask for the others
+    ],
+)
+def test_clusters_are_known_by_their_variables(environment, expected):
+    assert multihost.find_cluster(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator_address": "a:1"}, "--num_processes is missing; give all of"),
+        ({"coordinator_address": "a:1", "num_processes": "two", "process_id": "0"}, "--num_processes=two .*whole numb"),
+        ({"coordinator_address": "a:1", "num_processes": "2", "process_id": "2"}, "--process_id=2: expected 1 process"),
+        ({"coordinator_address": "a", "num_processes": "2", "process_id": "1"}, "=a: expected HOST:PORT"),
+    ],
+)
+def test_wrong_flags(given, message):
+    with pytest.raises(UserError, match=message):
+        multihost.initialize(given, {})
+    with pytest.raises(UserError, match=message):
+        multihost.initialize({}, {multihost.VARIABLES[name]: value for name, value in given.items()})
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}, list(range(8))),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "2"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_GPUS_ON_NODE": "8"}, None),  # a task a GPU
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
+        ({}, None),
+    ],
+)
+def test_one_task_a_node_takes_all_its_gpus(environment, expected):
+    assert multihost.devices_of_a_task(environment) == expected
