@@ -23,25 +23,14 @@ from typing import Any, NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.families import FAMILIES, SCHEDULER, read_configs
 from benchmarks.gpu import h100
-from ddpo_jax import finetune, optimizers, process
-from ddpo_jax.advantages import whiten
-from ddpo_jax.algorithms import ddpo
-from ddpo_jax.algorithms.parts import Parts
-from ddpo_jax.models.stable_diffusion import make_model, stored
+from benchmarks.programs import Program, abstract_run, read_model, size
+from configs import base
 from ddpo_jax.models.unet import REMAT
-from ddpo_jax.policy import make_policy, make_sampler
 from ddpo_jax.sharding import make_layout
-from ddpo_jax.types import Frozen, TrainState, Trajectory
-from ddpo_jax.update import MicroBatch, make_update
 
 GB = 1e9
-NUM_STEPS = 50
-RANK = 4
 
 # XLA's own rematerialisation would hide what train.remat does. Without Triton no GPU is asked which of its kernels is
 # fastest: matrix products are cuBLAS's, whose workspace is in the figures.
@@ -70,58 +59,33 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int
     """What one run needs."""
     begin = time.monotonic()
     layout = make_layout(devices=list(sharding.device_set))
-    configs = read_configs(name)
-    noise = process.ddim(process.noise_schedule(SCHEDULER | {"prediction_type": FAMILIES[name].prediction_type}))
-    model = make_model(configs, noise, dtype=jnp.bfloat16, resolution=pixels, remat=remat)
-    policy = make_policy(model, num_steps=NUM_STEPS, eta=1.0, guidance_scale=5.0)
-    tuning = finetune.full() if trains == "full" else finetune.lora(rank=RANK, alpha=float(RANK))
-    algorithm = ddpo.importance_sampling(
-        Parts(model, policy, None, None, None, layout, 1),
-        scoring=ddpo.Scoring(whiten(), np.ones(1, np.float32), adv_clip_max=5.0, max_missing=0.1),
-        num_updates=4,
-        clip_range=1e-4,
-        old_log_prob="recompute",
-        kl_weight=0.0,
-        kl_budget=0.0,
-        min_timestep=0,
+    config = base.get_config()
+    config.update_from_flattened_dict(
+        {
+            "compute_dtype": "bfloat16",
+            "pretrained.resolution": pixels,
+            "sample.num_steps": 50,
+            "sample.num_prompts": num_samples,
+            "train.learning_rate": 3e-4,
+            "train.lora_rank": 0 if trains == "full" else 4,
+            "train.remat": remat,
+        }
     )
-    tx = optimizers.make(
-        "adamw",
-        learning_rate=3e-4,
-        b1=0.9,
-        b2=0.999,
-        eps=1e-8,
-        moment_dtype="float32",
-        weight_decay=1e-4,
-        max_grad_norm=1.0,
-        num_warmup_steps=0,
-        num_decay_steps=0,
-    )
-    update = make_update(algorithm, tuning, tx, ema_decay=0.0, layout=layout)
+    run = abstract_run(config, *read_model(config, name), layout=layout, chunk_size=1, micro_batch_size=1)
 
-    shapes = stored(configs, jnp.bfloat16, exact=tuning.changes)
-    denoiser, vae, text = shapes["unet"], shapes["vae"], {part: shapes[part] for part in configs.text}
-    tokens = jnp.zeros((1, 77 * len(text)), jnp.int32)
-    cond = jax.eval_shape(model.encode_text, text, tokens)
-    frozen = Frozen(text, denoiser if tuning.reads_pretrained else None, vae, cond, ())
-    params = jax.eval_shape(tuning.init, jax.random.key(0), denoiser)
-    state = TrainState(None, jnp.zeros((), jnp.int32), params, None, jax.eval_shape(tx.init, params), None, None)
-    batch = jax.eval_shape(lambda: rollouts(cond, model.latent_shape, num_samples))
-    micro_batch = MicroBatch(np.zeros((1, 2), np.int32), np.ones(1, np.float32))
-    key = jax.random.key(0)
-    total = jax.eval_shape(update.zero, params, frozen, batch, micro_batch, key)
-    sampler = make_sampler(model, policy, tuning.merge, layout=layout)
-
-    def temporary(program, *inputs) -> int:
-        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
-        compiled = program.lower(*placed).compile(compiler_options=OPTIONS)
+    def temporary(program: Program) -> int:
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), program.inputs)
+        compiled = program.fn.lower(*placed).compile(compiler_options=OPTIONS)
         found = compiled.memory_analysis()
         return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
-    sampling = temporary(sampler, params, frozen, tokens, jax.random.split(key, 1))
-    gradient = temporary(update.accumulate, params, frozen, batch, micro_batch, key, total)
-    optimizer = temporary(update.apply, state, total)
-    kept = {"frozen": size(frozen), "state": size(state), "gradients": size(total), "trajectories": size(batch)}
+    sampling, gradient, optimizer = map(temporary, (run.sample, run.accumulate, run.apply))
+    kept = {
+        "frozen": size(run.frozen),
+        "state": size(run.state),
+        "gradients": size(run.accumulate.inputs[-1]),
+        "trajectories": size(run.batch),
+    }
     living = kept["frozen"] + kept["state"] + kept["trajectories"]
     peak = living + max(sampling, kept["gradients"] + max(gradient, optimizer))
     seconds = time.monotonic() - begin
@@ -137,22 +101,6 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int
         peak=peak,
         seconds=seconds,
     )
-
-
-def rollouts(cond: Any, latent_shape: tuple[int, ...], count: int) -> ddpo.Rollouts:
-    """A round's samples, as the update reads them."""
-    trajectory = Trajectory(
-        t=jnp.zeros((count, NUM_STEPS + 1)),
-        x=jnp.zeros((count, NUM_STEPS + 1, *latent_shape)),
-        log_prob=jnp.zeros((count, NUM_STEPS)),
-        trained=jnp.ones((count, NUM_STEPS), bool),
-    )
-    conds = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), cond)
-    return ddpo.Rollouts(conds, trajectory, jnp.zeros(count), jnp.ones(count))
-
-
-def size(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -1,0 +1,177 @@
+"""The programs of a run and the shapes that go into them, from a config and a model's JSON alone, without weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from benchmarks.families import FAMILIES, SCHEDULER, read_configs
+from ddpo_jax import algorithms, data, process, settings
+from ddpo_jax.algorithms.ddpo import Rollouts
+from ddpo_jax.algorithms.parts import Parts
+from ddpo_jax.build import DTYPES
+from ddpo_jax.errors import UserError
+from ddpo_jax.models import pipeline
+from ddpo_jax.models.locate import TINY
+from ddpo_jax.models.stable_diffusion import make_model, stored
+from ddpo_jax.policy import make_policy, make_sampler
+from ddpo_jax.process import choose
+from ddpo_jax.sharding import BATCH, Layout
+from ddpo_jax.types import Frozen, PyTree, TrainState, Trajectory
+from ddpo_jax.update import MicroBatch, make_update
+
+
+class Program(NamedTuple):
+    fn: Callable  # jitted
+    inputs: tuple  # shapes, in their places
+
+
+class AbstractRun(NamedTuple):
+    """Shapes, in their places on the devices of a layout, and the programs that read them."""
+
+    frozen: Frozen  # without a reward's parameters
+    state: TrainState
+    grads: PyTree
+    batch: Rollouts  # of a round
+    sample: Program  # a chunk
+    accumulate: Program  # a micro-batch
+    apply: Program  # an optimizer step
+    recomputes: bool  # whether each row goes through `accumulate` once more, for its old log-prob
+
+
+def read_model(config: ConfigDict, family: str = "") -> tuple[pipeline.Configs, process.NoiseSchedule]:
+    """What the JSON files say of a published family, or of the config's own model, which must then be a folder here.
+
+    Raises:
+        UserError: there is no such family, or no such folder.
+    """
+    if family:
+        prediction_type = choose(FAMILIES, family, "--model").prediction_type
+        return read_configs(family), process.noise_schedule(SCHEDULER | {"prediction_type": prediction_type})
+    folder = TINY if config.pretrained.model == "tiny" else Path(config.pretrained.model).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"pretrained.model={config.pretrained.model!r}: no such folder;"
+            f" --model={', '.join(FAMILIES)} plans for that family without its files"
+        )
+    configs = pipeline.read_configs(folder)
+    return configs, pipeline.read_schedule(folder, configs.pipeline)
+
+
+def abstract_run(
+    config: ConfigDict,
+    configs: pipeline.Configs,
+    schedule: process.NoiseSchedule,
+    *,
+    layout: Layout,
+    chunk_size: int,
+    micro_batch_size: int,
+) -> AbstractRun:
+    """The programs of a run as ddpo_jax.build would make them.
+
+    chunk_size: pictures a shard of the batch that `sample` draws.  micro_batch_size: rows a shard of `accumulate`.
+
+    Raises:
+        UserError: the config cannot be used, or its algorithm does not sample.
+    """
+    settings.check(config)
+    if config.algorithm not in ("ddpo_is", "ddpo_sf"):
+        raise UserError(f"algorithm={config.algorithm!r}: expected 'ddpo_is' or 'ddpo_sf'")
+    sample, dtype = config.sample, choose(DTYPES, config.compute_dtype, "compute_dtype")
+    model = make_model(
+        configs,
+        process.ddim(schedule),
+        dtype=dtype,
+        resolution=config.pretrained.resolution or None,
+        remat=config.train.remat,
+    )
+    policy = make_policy(
+        model,
+        num_steps=sample.num_steps,
+        eta=sample.eta,
+        guidance_scale=sample.guidance_scale,
+        log_prob_reduction=sample.log_prob_reduction,
+    )
+    tuning, tx = settings.make_finetune(config.train), settings.make_optimizer(config.train)
+    sampler = make_sampler(
+        model, policy, tuning.merge, layout=layout, decode_chunk_size=config.sample.decode_chunk_size
+    )
+    chunk, rows = chunk_size * layout.num_shards, micro_batch_size * layout.num_shards
+    parts = Parts(model, policy, sampler, None, None, layout, chunk_size)
+    prompts = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
+    timesteps = np.asarray(model.process.timesteps(sample.num_steps))
+    loaded = settings.Loaded(prompts, None, (), 0, np.ones(1, np.float32), timesteps)
+    _, method = settings.METHODS[config.algorithm](config, loaded)
+    algorithm = algorithms.make(config.algorithm, parts, method)
+    update = make_update(algorithm, tuning, tx, ema_decay=config.train.ema_decay, layout=layout)
+
+    shapes = stored(configs, dtype, exact=tuning.changes)
+    params = place(jax.eval_shape(tuning.init, jax.random.key(0), shapes["unet"]), layout)
+    text = place({part: shapes[part] for part in configs.text}, layout)
+    tokens = jax.ShapeDtypeStruct((chunk, sum(text.max_length for text in configs.text.values())), np.int32)
+    uncond = jax.eval_shape(model.encode_text, text, jax.ShapeDtypeStruct((1, *tokens.shape[1:]), np.int32))
+    kept = tuning.reads_pretrained or algorithm.reads_reference
+    frozen = Frozen(text, place(shapes["unet"], layout) if kept else None, place(shapes["vae"], layout), uncond, ())
+    ema = params if config.train.ema_decay else None
+    opt_state = place(jax.eval_shape(tx.init, params), layout)
+    state = TrainState(None, jax.ShapeDtypeStruct((), np.int32), params, ema, opt_state, None, None)
+
+    num_samples = -(-settings.num_samples(config) // chunk) * chunk  # filled up
+    batch = jax.eval_shape(lambda: rollouts(uncond, model.latent_shape, num_samples, sample.num_steps))
+    cut = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec(BATCH))
+    batch = batch._replace(cond=put(batch.cond, cut), trajectory=put(batch.trajectory, cut))
+    micro_batch = MicroBatch(jax.ShapeDtypeStruct((rows, 2), np.int32), jax.ShapeDtypeStruct((rows,), np.float32))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), chunk))
+    inputs = (params, frozen, batch, micro_batch, key)
+    total = jax.eval_shape(update.zero, *inputs)
+    total = total._replace(grads=place(total.grads, layout))
+    return AbstractRun(
+        frozen=frozen,
+        state=state,
+        grads=total.grads,
+        batch=batch,
+        sample=Program(sampler, (params, frozen, tokens, keys)),
+        accumulate=Program(update.accumulate, (*inputs, total)),
+        apply=Program(update.apply, (state, total)),
+        recomputes=algorithm.recompute is not None,
+    )
+
+
+def rollouts(cond: Any, latent_shape: tuple[int, ...], count: int, num_steps: int) -> Rollouts:
+    """A round's samples, as the update reads them."""
+    trajectory = Trajectory(
+        t=jnp.zeros((count, num_steps + 1)),
+        x=jnp.zeros((count, num_steps + 1, *latent_shape)),
+        log_prob=jnp.zeros((count, num_steps)),
+        trained=jnp.ones((count, num_steps), bool),
+    )
+    conds = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), cond)
+    return Rollouts(conds, trajectory, jnp.zeros(count), jnp.ones(count))
+
+
+def place(tree: PyTree, layout: Layout) -> PyTree:
+    """The shapes, cut by the layout's table."""
+    return jax.tree.map(put, tree, layout.parameters(tree))
+
+
+def put(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def size(tree: PyTree) -> int:
+    """Bytes of the tree on a device: those of the part that is its own."""
+
+    def own(leaf) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(own(leaf) for leaf in jax.tree.leaves(tree))
