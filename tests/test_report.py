@@ -202,7 +202,9 @@ def test_every_start_is_told(workdir):
     assert text.count("python -m ddpo_jax.main --config=configs/base.py") == 2
     assert "on from round 4" in text and text.endswith("--config.num_epochs=9")
     environment = text_of(part(page, "environment"))
-    assert all(name in environment for name in ("python", "platform", "jax", "flax", "optax", "orbax", "devices cpu"))
+    assert all(
+        name in environment for name in ("python", "platform", "jax", "flax", "optax", "orbax", "devices 8 x cpu")
+    )
 
 
 # other runs
