@@ -119,7 +119,7 @@ def slurm(tmp_path, *arguments, srun, cache=""):
 
 
 def test_two_tasks_of_a_slurm_job_are_one_run(small_folder, test_cache, tmp_path):
-    config, *others = flags(small_folder, tmp_path / "run", num_epochs=1)
+    config, *others = flags(small_folder, tmp_path / "run")
     srun = SRUN.format(job=os.getpid() % 4096)
     found, log = slurm(tmp_path, config.removeprefix("--config="), *others, srun=srun, cache=test_cache)
     assert found.returncode == 0, found.stdout + found.stderr
