@@ -160,6 +160,15 @@ def get_config() -> ConfigDict:
     reward.name = "jpeg_compressibility"
     # Weight of each; () is 1 for all. One of weight 0 is only watched: it is in the curves, and not in the reward.
     reward.weights = ()
+    # How several count together: "weighted_sum", or "minimum" of the weighted scores, so that none is given up for
+    # another.
+    reward.combine = "weighted_sum"
+    # Measures each expert's scores in standard deviations over all that it has given in this run, before they are
+    # weighted: experts of different scales then count alike. Evaluations are measured by the run's first one.
+    reward.standardise = False
+    # Conditions on experts' own scores, such as ("clip_score>=20", "nsfw<=0.5"). A picture that breaks one gets the
+    # lowest reward of its round's others. A gate's expert may have the weight 0.
+    reward.gates = ()
     # The CLIP of clip_score: a folder as transformers saves it, a hub id, or "tiny": the embedded one, which knows
     # nothing but the embedded model's pictures.
     reward.clip_model = ""

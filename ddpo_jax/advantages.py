@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from ddpo_jax.errors import RunStopped, UserError
+from ddpo_jax.errors import UserError
 
 
 class Advantages(NamedTuple):
@@ -28,42 +28,6 @@ class History(NamedTuple):
     values: Float[Any, "prompts buffer"]
     count: Int[Any, " prompts"]
     position: Int[Any, " prompts"]
-
-
-def combine(scores: Float[np.ndarray, "b experts"], weights: Float[np.ndarray, " n"]) -> Float32[np.ndarray, " b"]:
-    """One reward a sample: the weighted sum of the experts' scores, NaN if one is missing.
-
-    r = Σ_k w_k s_k over the experts with w_k ≠ 0. An expert of weight 0 is only watched: when its score is missing, the
-    reward is not.
-
-    Raises: UserError if there is not one weight an expert.
-    """
-    if weights.shape != scores.shape[1:]:
-        raise UserError(f"reward weights {weights.tolist()} must be one for each of {scores.shape[1]} rewards")
-    counted = weights != 0
-    return (scores[:, counted] * weights[counted]).sum(axis=1).astype(np.float32)
-
-
-def check_missing(
-    scores: Float[np.ndarray, "b experts"],
-    weights: Float[np.ndarray, " n"],
-    *,
-    max_missing: float,
-    names: tuple[str, ...],
-) -> None:
-    """Stops the run when too many samples have no reward.
-
-    max_missing: the fraction of the batch that may be missing, from 0 (none) to 1 (all).
-
-    Raises: RunStopped above it, with the number each expert lacks.
-    """
-    missing = ~np.isfinite(combine(scores, weights))
-    if missing.mean() > max_missing:
-        lacking = [f"{name} {n}" for name, n in zip(names, np.isnan(scores).sum(axis=0), strict=True)]
-        raise RunStopped(
-            f"{missing.sum()} of {len(missing)} rewards are missing ({missing.mean():.1%}; reward.max_missing allows "
-            f"{max_missing:.1%}): {', '.join(lacking)}. A reward is missing if its picture or its score is not finite."
-        )
 
 
 def whiten(*, eps: float = 1e-8) -> Advantages:

@@ -14,9 +14,10 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from ddpo_jax import algorithms, data, multihost, rewards, settings
+from ddpo_jax import algorithms, data, experts, multihost, rewards, settings
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.errors import UserError
+from ddpo_jax.experts import Combination
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.stable_diffusion import Pretrained, Source, freeze
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
@@ -42,7 +43,7 @@ class Run(NamedTuple):
     frozen: Frozen
     draw: Callable  # epoch -> the round's inputs, pure
     eval_prompts: dict[str, Prompts]  # by name: train, held_out
-    reward_weights: np.ndarray
+    experts: Combination  # of the rewards
     source: Source  # of the pretrained model
     notes: tuple[str, ...]
 
@@ -59,7 +60,13 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     reward, reward_params = rewards.make(
         config.reward.name, settings.reward_settings(config.reward), place=layout.parameters
     )
-    reward_weights = weigh(reward.names, tuple(config.reward.weights))
+    combination = experts.make(
+        reward.names,
+        weigh(reward.names, tuple(config.reward.weights)),
+        reduction=config.reward.combine,
+        standardise=config.reward.standardise,
+        gates=tuple(config.reward.gates),
+    )
     tuning, tx = settings.make_finetune(config.train), settings.make_optimizer(config.train)
     source = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
 
@@ -87,7 +94,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     grey = data.every(train_set, train_tokens, count=2)
     multihost.together(lambda: rewards.probe(reward, reward_params, grey, resolution=resolution))
     timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
-    loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, reward_weights, timesteps)
+    loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, combination, timesteps)
     draw, method_settings = settings_of(config, loaded)
     return Run(
         layout=layout,
@@ -102,7 +109,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
             name: data.every(prompt_set, tokens, count=config.eval_prompts)
             for name, (prompt_set, tokens) in prompt_sets.items()
         },
-        reward_weights=reward_weights,
+        experts=combination,
         source=pretrained.source,
         notes=(*notes, *describe(config, model, layout, schedule, chunk_size)),
     )

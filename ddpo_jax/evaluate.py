@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from ddpo_jax import multihost
-from ddpo_jax.advantages import combine
-from ddpo_jax.algorithms.parts import Parts, reward_report, scored_rollouts
+from ddpo_jax import experts, multihost
+from ddpo_jax.algorithms.parts import Parts, scored_rollouts
+from ddpo_jax.experts import Combination, Scale
 from ddpo_jax.types import Frozen, Prompts, PyTree
 
 KEY_INDEX = 2**31 - 1  # folded into the run's key; no epoch reaches it
@@ -20,6 +20,7 @@ class Evaluation(NamedTuple):
     images: Float32[np.ndarray, "b H W 3"]
     rewards: Float32[np.ndarray, " b"]  # NaN where missing
     report: dict[str, float | int]
+    scale: Scale  # of the experts' scores
 
 
 def evaluate(
@@ -29,12 +30,17 @@ def evaluate(
     prompts: Prompts,
     *,
     key_data: Any,
-    weights: Float32[np.ndarray, " experts"],
+    combination: Combination,
+    scale: Scale | None,
 ) -> Evaluation:
-    """The pictures of `trainable` at these prompts, with the same noise whenever it is called in a run."""
+    """The pictures of `trainable` at these prompts, with the same noise whenever it is called in a run.
+
+    scale: what standardised experts are measured by; None: by these very pictures.
+    """
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), KEY_INDEX)
-    images, scores = scored_rollouts(
+    images, scores, _ = scored_rollouts(
         parts, trainable, frozen, prompts, key, keep=lambda cond, trajectory, images: multihost.to_host(images)
     )
-    rewards = combine(scores, weights)
-    return Evaluation(images, rewards, reward_report(parts.reward.names, scores, rewards))
+    own = experts.scale_of(scores)
+    rewards = combination.judge(scores, own if scale is None else scale)
+    return Evaluation(images, rewards, experts.report(parts.reward.names, scores, rewards), own)

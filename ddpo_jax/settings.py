@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from ddpo_jax import advantages, data, finetune, image_text, optimizers, rewards
 from ddpo_jax.algorithms.ddpo import Scoring
 from ddpo_jax.errors import UserError
+from ddpo_jax.experts import Combination
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
 from ddpo_jax.types import Finetune, Prompts
 from ddpo_jax.update import Schedule
@@ -28,7 +29,7 @@ class Loaded(NamedTuple):
     tokens: Int[np.ndarray, "n s"]
     tokenizers: tuple[CLIPTokenizer, ...]
     resolution: int  # pixels
-    reward_weights: Float[np.ndarray, " experts"]
+    experts: Combination
     timesteps: Float[np.ndarray, " T+1"]  # of the sampler
 
 
@@ -54,8 +55,8 @@ def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
             f" {config.sample.num_steps} steps begins"
         )
     scoring = Scoring(
+        loaded.experts,
         make_advantages(config, num_prompts=len(loaded.prompts.texts)),
-        loaded.reward_weights,
         adv_clip_max=config.train.adv_clip_max,
         max_missing=config.reward.max_missing,
         group_size=config.sample.num_samples_per_prompt if config.sample.shared_noise else 1,

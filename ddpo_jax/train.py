@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax import checkpoint, metrics, multihost, report
+from ddpo_jax import checkpoint, experts, metrics, multihost, report
 from ddpo_jax.build import Run, build, init_state
 from ddpo_jax.clock import Clock, running_clock
 from ddpo_jax.diffusers_folder import check_target
@@ -108,6 +108,8 @@ def loop(
     algorithm, frozen = run.algorithm, run.frozen
     update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay, layout=run.layout)
     previous = multihost.on_main(lambda: (metrics.read(workdir / "metrics.jsonl") or [{}])[-1])
+    evaluated = multihost.on_main(lambda: metrics.read(workdir / "evaluations.jsonl")[:1])
+    scale = experts.scale_told(run.parts.reward.names, evaluated[0]) if evaluated else None
     skipped = float(state.opt_state.total_notfinite)
     boundary, check = Boundary(checkpoint.host_copy(state), previous.get("reward/mean")), algorithm.check
     try:
@@ -117,7 +119,7 @@ def loop(
             if last or epoch == 0 or (config.eval_every and epoch % config.eval_every == 0):
                 shown = state.params if state.ema is None else state.ema
                 with clock.spend("evaluations"):
-                    show(run, shown, state, epoch, writer, console)
+                    scale = show(run, shown, state, epoch, writer, console, scale)
                 if not last:
                     with clock.spend("report"):
                         draw_report(workdir, console.note, running=True)
@@ -178,10 +180,27 @@ class Boundary(NamedTuple):
             checkpoint.save(manager, int(self.state.epoch), self.state, score=self.reward)
 
 
-def show(run: Run, trainable: PyTree, state: TrainState, epoch: int, writer: Writer, console: Console) -> None:
-    """Pictures and rewards at the fixed prompts and noise, before round `epoch`."""
+def show(
+    run: Run,
+    trainable: PyTree,
+    state: TrainState,
+    epoch: int,
+    writer: Writer,
+    console: Console,
+    scale: experts.Scale | None,
+) -> experts.Scale | None:
+    """Pictures and rewards at the fixed prompts and noise, before round `epoch`; the scale of the run's very first."""
     for name, prompts in run.eval_prompts.items():
-        found = evaluate(run.parts, trainable, run.frozen, prompts, key_data=state.key, weights=run.reward_weights)
+        found = evaluate(
+            run.parts,
+            trainable,
+            run.frozen,
+            prompts,
+            key_data=state.key,
+            combination=run.experts,
+            scale=scale,
+        )
+        scale = found.scale if scale is None else scale
         captions = [f"{text} {reward:.3g}" for text, reward in zip(prompts.texts, found.rewards, strict=True)]
         writer.images(epoch, name, found.images, captions)
         writer.evaluation(epoch, name, found.report, prompts.texts, found.rewards)
@@ -190,6 +209,7 @@ def show(run: Run, trainable: PyTree, state: TrainState, epoch: int, writer: Wri
             f" ± {found.report['reward/std']:.2g}"
         )
     console.seconds()
+    return scale
 
 
 def draw_report(workdir: Path, note: Callable[[str], None], *, running: bool) -> None:

@@ -81,9 +81,10 @@ class Reward(NamedTuple):
     """One or more experts. NaN means missing."""
 
     names: tuple[str, ...]
-    submit: Callable  # reward params, images (b, H, W, 3), Prompts -> pending
+    submit: Callable  # reward params, images (b, H, W, 3) float in [0, 1] or uint8, Prompts -> pending
     result: Callable  # pending -> (b, experts) float32 numpy; NaN too where another process has the picture
     pure: Callable | None  # reward params, images, inputs -> (b,), differentiable; None for a host reward
+    why: Callable | None = None  # pending, after its result -> why scores are missing; empty where nothing is known
 
 
 class Finetune(NamedTuple):

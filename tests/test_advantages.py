@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpo_jax import advantages
-from ddpo_jax.errors import RunStopped, UserError
+from ddpo_jax.errors import UserError
 
 NAN = np.nan
 
@@ -137,22 +137,6 @@ def test_per_prompt_refuses_what_it_cannot_do():
     for ids in ([0, 3], [-1, 0]):
         with pytest.raises(UserError, match="list of 3"):
             update(init(), np.array(ids), np.zeros(2, np.float32))
-
-
-def test_combine_weighs_and_keeps_missing():
-    scores = np.array([[1, 10, NAN], [2, NAN, 5], [NAN, 30, 5]], np.float32)
-    rewards = advantages.combine(scores, np.array([2, -0.5, 0]))
-    np.testing.assert_array_equal(rewards, [-3, NAN, NAN])
-    with pytest.raises(UserError, match="one for each of 3"):
-        advantages.combine(scores, np.array([1.0]))
-
-
-def test_check_missing_stops_above_the_fraction_only():
-    scores = np.array([[1, 1], [NAN, 1], [NAN, NAN], [1, NAN]], np.float32)
-    check = {"max_missing": 0.5, "names": ("jpeg", "mine")}
-    advantages.check_missing(scores, np.array([1.0, 0.0]), **check)
-    with pytest.raises(RunStopped, match=r"3 of 4 rewards .*75.0%.*reward\.max_missing.*50.0%.*jpeg 2, mine 2"):
-        advantages.check_missing(scores, np.array([1.0, 1.0]), **check)
 
 
 def test_clip():

@@ -18,6 +18,7 @@ ORDER = [
         "process",
         "losses",
         "advantages",
+        "experts",
         "sharding",
         "convert",
         "models",

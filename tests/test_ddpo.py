@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_run import SAMPLES, STEPS, distance, equal, finite, learn, pairs, silent, small_config
 
-from ddpo_jax import advantages, algorithms, rewards
+from ddpo_jax import advantages, algorithms, experts, rewards
 from ddpo_jax.algorithms.ddpo import Scoring, importance_sampling, score_function
 from ddpo_jax.algorithms.parts import scored_rollouts
 from ddpo_jax.build import build, init_state
@@ -22,7 +22,8 @@ from ddpo_jax.update import make_update, plan, summarize
 
 GUIDANCE = 5.0
 CLIP_RANGE = 5e-3
-SCORING = Scoring(advantages.whiten(), np.ones(1, np.float32), adv_clip_max=5.0, max_missing=0.5)
+SUM = experts.make(("mine",), np.ones(1, np.float32), reduction="weighted_sum", standardise=False, gates=())
+SCORING = Scoring(SUM, advantages.whiten(), adv_clip_max=5.0, max_missing=0.5)
 
 
 class World(NamedTuple):
@@ -267,7 +268,7 @@ def test_missing_rewards_change_nothing_for_the_others(world):
         parts = world.run.parts._replace(reward=Reward(("mine",), score, result, None))
         algorithm = make_is(world, parts=parts, scoring=SCORING._replace(max_missing=max_missing))
         params, prompts = world.fresh().params, world.run.draw(0)
-        return algorithm, *algorithm.collect(params, world.run.frozen, prompts, (), jax.random.key(1))
+        return algorithm, *algorithm.collect(params, world.run.frozen, prompts, algorithm.init(), jax.random.key(1))
 
     algorithm, batch, _, report = collect([2, 5], 0.25)
     assert report["reward/missing"] == 2
@@ -288,7 +289,9 @@ def test_shared_noise_compares_the_pictures_of_a_draw(small_folder, world):
     shared = {"sample.shared_noise": True, "per_prompt_stat_tracking.buffer_size": 0}
     config = small_config(small_folder, **{"sample.num_prompts": 2, "sample.num_samples_per_prompt": 4, **shared})
     run = build(config, silent)
-    batch, _, _ = run.algorithm.collect(world.fresh().params, run.frozen, run.draw(0), (), jax.random.key(1))
+    batch, _, _ = run.algorithm.collect(
+        world.fresh().params, run.frozen, run.draw(0), run.algorithm.init(), jax.random.key(1)
+    )
     start, after = np.asarray(batch.trajectory.x[:, 0]), np.asarray(batch.trajectory.x[:, 1])
     assert len(np.unique(start, axis=0)) == 2 and len(np.unique(after, axis=0)) == SAMPLES
     groups = np.reshape(batch.advantage, (2, 4))
@@ -311,7 +314,9 @@ def test_nan_pictures_are_missing_and_never_learned_from(world):
     parts = world.run.parts._replace(sample=sample, reward=reward)
     algorithm = make_is(world, parts=parts)
     frozen = world.run.frozen._replace(reward=reward_params)
-    batch, _, report = algorithm.collect(world.fresh().params, frozen, world.run.draw(0), (), jax.random.key(1))
+    batch, _, report = algorithm.collect(
+        world.fresh().params, frozen, world.run.draw(0), algorithm.init(), jax.random.key(1)
+    )
     assert report["reward/missing"] == 1 and np.isfinite(report["reward/mean"])
     assert batch.weight[1] == 0 and batch.weight.sum() == SAMPLES - 1
     state, history = learn(world.update, algorithm, world.fresh(), frozen, batch)
@@ -324,7 +329,7 @@ def test_chunk_size_does_not_change_pictures(world, group_size):
     prompts, params = world.run.draw(0), world.fresh().params
 
     def draw(size):
-        images, scores = scored_rollouts(
+        images, scores, _ = scored_rollouts(
             world.run.parts._replace(chunk_size=size),
             params,
             world.run.frozen,
@@ -378,13 +383,16 @@ def test_a_learnable_reward_rises(world):
             frozen,
             prompts,
             key_data=world.start.key,
-            weights=np.ones(1, np.float32),
+            combination=SUM,
+            scale=None,
         ).report
 
     state = world.fresh()
     before = score(state.params)
     for epoch in range(25):
-        batch, _, _ = algorithm.collect(state.params, frozen, world.run.draw(epoch), (), jax.random.key(epoch))
+        batch, _, _ = algorithm.collect(
+            state.params, frozen, world.run.draw(epoch), algorithm.init(), jax.random.key(epoch)
+        )
         state, _ = learn(world.update, algorithm, state, frozen, batch)
     after = score(state.params)
     assert after["reward/mean"] > before["reward/mean"] + before["reward/std"]

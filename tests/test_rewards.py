@@ -125,6 +125,34 @@ def test_pixels_outside_0_1_are_refused(kind, wrong):
         scored(KINDS[kind], jnp.asarray(wrong(make_images(2))), 2.0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_8_bits_and_floats_of_a_picture_score_alike(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
+    found, expected = (scored(KINDS[kind], jnp.asarray(x), 2.0) for x in (pixels, pixels / np.float32(255)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(UserError, match=r"int32 pixels: expected float in \[0, 1\], or uint8"):
+        scored(KINDS[kind], jnp.asarray(pixels, jnp.int32), 2.0)
+
+
+def test_a_scorer_says_why_scores_are_missing():
+    def fussy(images, prompts):
+        return rewards.Scores([1.0, np.nan], "the reply was 'dunno'")
+
+    joint = rewards.join([host(brightness, name="bright"), host(fussy, name="fussy"), KINDS["device"]])
+    pending = joint.submit(((), (), 2.0), make_images(2), make_prompts(2))
+    np.testing.assert_array_equal(np.isnan(joint.result(pending)), [[False, False, False], [False, True, False]])
+    assert joint.why(pending) == "fussy: the reply was 'dunno'"
+
+
+def test_the_probe_stops_at_a_scorer_that_gives_nothing_and_says_why():
+    def absent(images, prompts):
+        return rewards.Scores(np.full(len(images), np.nan), "no server at port 8000")
+
+    with pytest.raises(RunStopped, match="gave no score for two grey pictures.*absent: no server at port 8000"):
+        rewards.probe(rewards.join([host(absent, name="absent")]), ((),), make_prompts(2), resolution=8)
+    rewards.probe(rewards.join([host(lambda images, prompts: [np.nan, 1])]), ((),), make_prompts(2), resolution=8)
+
+
 @pytest.mark.parametrize(
     "returned", [1.0, None, [1.0], [[1.0], [2.0]], ["a", "b"], [1.0, None], {"score": 1}], ids=lambda v: str(v)
 )
@@ -321,6 +349,21 @@ def length(images, prompts):
 
 def bright(images):
     return jnp.mean(images, axis=(1, 2, 3))
+
+def answers(images, prompts, metadata):
+    return [len(prompt) + entry["answer"] for prompt, entry in zip(prompts, metadata, strict=True)]
+
+def longer(settings, place):
+    def pure(params, images, lengths):
+        return params["scale"] * lengths * jnp.mean(images, axis=(1, 2, 3))
+
+    def prepare(prompts):
+        return jnp.array([float(len(text)) for text in prompts.texts])
+
+    return pure, prepare, {"scale": jnp.float32(settings.num_workers)}
+
+def useless(settings):
+    return None
 """
 
 
@@ -337,6 +380,19 @@ def test_make_reads_names_and_functions(tmp_path, monkeypatch):
 
     alone, params = rewards.make("device:my_scorers:bright", rewards.Settings(deadline=20.0, num_workers=2))
     np.testing.assert_allclose(alone.pure(params, jnp.asarray(images), ()), expected[:, 2], rtol=1e-6)
+
+
+def test_scorers_of_ones_own_may_read_metadata_and_have_parameters(tmp_path, monkeypatch):
+    (tmp_path / "my_own_scorers.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = rewards.Settings(deadline=20.0, num_workers=2)
+    names = "metadata:my_own_scorers:answers,maker:my_own_scorers:longer"
+    reward, params = rewards.make(names, settings)
+    images = make_images(2)
+    expected = np.stack([[8, 9], 2 * 8 * images.mean(axis=(1, 2, 3))], axis=1)
+    np.testing.assert_allclose(scored(reward, jnp.asarray(images), params), expected, rtol=1e-6)
+    with pytest.raises(UserError, match=r"useless: expected a function of \(settings, place\) that returns"):
+        rewards.make("maker:my_own_scorers:useless", settings)
 
 
 def test_make_says_what_there_is():

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddpo_jax import advantages, losses, multihost
-from ddpo_jax.algorithms.parts import Parts, reward_report, scored_rollouts
+from ddpo_jax import advantages, experts, losses, multihost
+from ddpo_jax.algorithms.parts import Parts, scored_rollouts
 from ddpo_jax.errors import RunStopped, UserError
+from ddpo_jax.experts import Combination
 from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree, Trajectory
 
@@ -22,11 +23,18 @@ RATIO_TOLERANCE = 0.1  # of the clip range: the share of it that rounding may ta
 class Scoring(NamedTuple):
     """From scores to advantages."""
 
+    experts: Combination
     advantages: advantages.Advantages
-    weights: Float[np.ndarray, " experts"]
     adv_clip_max: float
     max_missing: float  # fraction of a round
     group_size: int = 1  # samples in a row that start from the same noise
+
+
+class Carry(NamedTuple):
+    """What is known from one round to the next."""
+
+    experts: PyTree
+    advantages: PyTree
 
 
 class Rollouts(NamedTuple):
@@ -128,9 +136,9 @@ def _algorithm(
     reads_reference = kl_weight > 0 or kl_budget > 0
 
     def collect(
-        trainable: PyTree, frozen: Frozen, prompts: Prompts, carry: PyTree, key: Key[Array, ""]
-    ) -> tuple[Rollouts, PyTree, dict[str, float | int]]:
-        (cond, trajectory), scores = scored_rollouts(
+        trainable: PyTree, frozen: Frozen, prompts: Prompts, carry: Carry, key: Key[Array, ""]
+    ) -> tuple[Rollouts, Carry, dict[str, float | int]]:
+        (cond, trajectory), scores, why = scored_rollouts(
             parts,
             trainable,
             frozen,
@@ -139,11 +147,13 @@ def _algorithm(
             keep=lambda cond, trajectory, images: (cond, trajectory),
             group_size=scoring.group_size,
         )
-        advantages.check_missing(scores, scoring.weights, max_missing=scoring.max_missing, names=parts.reward.names)
-        rewards = advantages.combine(scores, scoring.weights)
-        advantage, weight, carry = scoring.advantages.update(carry, prompts.id, rewards)
+        names = parts.reward.names
+        rewards, seen = scoring.experts.update(carry.experts, scores)
+        experts.check_missing(rewards, scores, max_missing=scoring.max_missing, names=names, why=why)
+        advantage, weight, history = scoring.advantages.update(carry.advantages, prompts.id, rewards)
         advantage = advantages.clip(advantage, adv_clip_max=scoring.adv_clip_max)
-        return Rollouts(cond, trajectory, advantage, weight), carry, reward_report(parts.reward.names, scores, rewards)
+        report = experts.report(names, scores, rewards)
+        return Rollouts(cond, trajectory, advantage, weight), Carry(seen, history), report
 
     def loss(
         params: PyTree, frozen: Frozen, batch: Rollouts, rows: Int[Array, "r 2"], key: Key[Array, ""]
@@ -178,7 +188,10 @@ def _algorithm(
             return f"the KL to the reference is {kl:.2e} nats a step; train.kl_budget is {kl_budget:.2e}"
         return None
 
-    return Algorithm(scoring.advantages.init, collect, loss, slices, recompute, check, stop, reads_reference)
+    def init() -> Carry:
+        return Carry(scoring.experts.init(), scoring.advantages.init())
+
+    return Algorithm(init, collect, loss, slices, recompute, check, stop, reads_reference)
 
 
 def _log_prob_writer(layout: Layout) -> Callable:

@@ -7,13 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Int, Key
+from jaxtyping import Float32, Int, Key
 
 from ddpo_jax import multihost, rewards
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.policy import sample_keys
 from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Frozen, Model, Policy, Prompts, PyTree, Reward
+
+
+class Scored(NamedTuple):
+    """A round of samples with their scores."""
+
+    kept: PyTree
+    scores: Float32[np.ndarray, "b experts"]  # NaN where missing
+    why: str  # of a missing one, as the scorers of this process tell; empty if they tell nothing
 
 
 class Parts(NamedTuple):
@@ -38,8 +46,8 @@ def scored_rollouts(
     *,
     keep: Callable,
     group_size: int = 1,
-) -> tuple[PyTree, Float32[np.ndarray, "b experts"]]:
-    """One sample a prompt, and its scores: keep(cond, trajectory, images) of all samples, with a leading axis of b.
+) -> Scored:
+    """One sample a prompt, and its scores. Kept is keep(cond, trajectory, images) of all samples, on an axis of b.
 
     Chunks have one shape, so that one program serves every count: the last is filled up with its last prompt, and what
     is kept on the devices stays as long as that. A chunk is scored while the next rolls out. Sample i's noise depends
@@ -47,7 +55,7 @@ def scored_rollouts(
     """
     count = len(prompts.texts)
     calls = chunks(count, size=parts.chunk_size, num_shards=parts.layout.num_shards)
-    kept, pending, failed = [], [], None
+    kept, pending, failed, why = [], [], None, ""
     with parts.phase("rollout", count) as advance:
         for index in calls:
             chunk = rewards.take(prompts, np.minimum(index, count - 1))
@@ -67,7 +75,9 @@ def scored_rollouts(
             real = index < count
             try:
                 if failed is None:
-                    scores[index[real]] = parts.reward.result(pending.pop(0))[real]
+                    first = pending.pop(0)
+                    scores[index[real]] = parts.reward.result(first)[real]
+                    why = (parts.reward.why and parts.reward.why(first)) or why
             except (UserError, RunStopped) as error:
                 failed = error
             advance(int(real.sum()))
@@ -75,7 +85,7 @@ def scored_rollouts(
         scores = multihost.gather_scores(scores)
     if parts.shuffled:
         scores = rewards.shuffled(scores, key)
-    return in_order(kept, calls, count, parts.layout), scores
+    return Scored(in_order(kept, calls, count, parts.layout), scores, why)
 
 
 def chunks(count: int, *, size: int, num_shards: int) -> list[Int[np.ndarray, " n"]]:
@@ -94,19 +104,3 @@ def in_order(made: Sequence[PyTree], calls: Sequence[Int[np.ndarray, " n"]], cou
         order = np.argsort(np.concatenate(calls))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[order[:count]], *made)
     return layout.concatenate(*made)
-
-
-def reward_report(
-    names: tuple[str, ...], scores: Float[np.ndarray, "b experts"], rewards: Float[np.ndarray, " b"]
-) -> dict[str, float | int]:
-    """Mean and standard deviation of the rewards that are there, how many are missing, and each expert's mean."""
-    found = rewards[np.isfinite(rewards)]
-    report = {
-        "reward/mean": float(found.mean()) if len(found) else float("nan"),
-        "reward/std": float(found.std()) if len(found) else float("nan"),
-        "reward/missing": len(rewards) - len(found),
-    }
-    for name, column in zip(names, scores.T, strict=True):
-        seen = column[np.isfinite(column)]
-        report[f"reward/{name}"] = float(seen.mean()) if len(seen) else float("nan")
-    return report

@@ -94,8 +94,14 @@ def reward_weights(told: Told) -> dict[str, float]:
 
 def reward_sum(told: Told) -> str:
     """The reward as its config puts it together, without what is only watched."""
-    terms = reward_weights(told).items()
-    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in terms if weight)
+    config = told.config
+    named = (
+        (f"z({name})" if config.get("reward.standardise") else name, w) for name, w in reward_weights(told).items()
+    )
+    terms = [name if weight == 1 else f"{weight:g} × {name}" for name, weight in named if weight]
+    minimum = config.get("reward.combine") == "minimum" and len(terms) > 1
+    gates = "".join(f", gated by {gate}" for gate in config.get("reward.gates") or ())
+    return (f"min({', '.join(terms)})" if minimum else " + ".join(terms)) + gates
 
 
 def column(rows: Sequence[Row], key: str) -> list[float]:
