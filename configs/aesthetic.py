@@ -1,10 +1,12 @@
 """The DDPO paper's aesthetic run: pictures that LAION's aesthetic predictor likes (Black et al. 2023, Sec. 5, App. D).
 
-python -m ddpo_jax.main --config=configs/aesthetic.py --config.pretrained.model=FOLDER_OR_HUB_ID
-python -m ddpo_jax.main --config=configs/aesthetic.py:lora --config.pretrained.model=FOLDER_OR_HUB_ID
+python -m ddpo_jax.main --config=configs/aesthetic.py --config.pretrained.model=FOLDER_OR_HUB_ID \\
+    --config.reward.aesthetic_model=sac+logos+ava1-l14-linearMSE.pth
+python -m ddpo_jax.main --config=configs/aesthetic.py:lora ... the same
 
-NOT YET: there is no reward aesthetic_score in this version, and the run says so and ends. What differs from
-compressibility.py is as in jannerm/ddpo (a_animals), for `lora` as in kvablack/ddpo-pytorch (config/dgx.py).
+The file is that of github.com/christophschuhmann/improved-aesthetic-predictor; its CLIP comes from the hub.
+What differs from compressibility.py is as in jannerm/ddpo (a_animals), for `lora` as in kvablack/ddpo-pytorch
+(config/dgx.py).
 """
 
 from ml_collections import ConfigDict
@@ -26,4 +28,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = compressibility.get_config()
     config.prompts.name = "common_animals"
     config.reward.name = "aesthetic_score"
+    config.reward.aesthetic_clip = "openai/clip-vit-large-patch14"
     return choose_variant(config, VARIANTS, variant)

@@ -155,8 +155,9 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # clip_score, jpeg_compressibility, jpeg_incompressibility, module:function or device:module:function of yours;
-    # several with commas between.
+    # clip_score, aesthetic_score, pickscore, hpsv2, sciscore, jpeg_compressibility, jpeg_incompressibility, or yours:
+    # module:function, metadata:module:function, device:module:function, maker:module:function (the README has them).
+    # Several with commas between.
     reward.name = "jpeg_compressibility"
     # Weight of each; () is 1 for all. One of weight 0 is only watched: it is in the curves, and not in the reward.
     reward.weights = ()
@@ -169,11 +170,20 @@ def get_config() -> ConfigDict:
     # Conditions on experts' own scores, such as ("clip_score>=20", "nsfw<=0.5"). A picture that breaks one gets the
     # lowest reward of its round's others. A gate's expert may have the weight 0.
     reward.gates = ()
-    # The CLIP of clip_score: a folder as transformers saves it, a hub id, or "tiny": the embedded one, which knows
-    # nothing but the embedded model's pictures.
+    # The CLIP of clip_score: a folder as transformers saves it, a hub id such as "openai/clip-vit-large-patch14", or
+    # "tiny": the embedded one, which knows nothing but the embedded model's pictures, and judges these if this is "".
     reward.clip_model = ""
     # What clip_score compares a picture with: {} stands for the prompt, as in "a photo of a {}".
     reward.clip_template = "{}"
+    # Of aesthetic_score: the file of LAION's MLP, .pth (only plain tensors are read) or .safetensors, and its CLIP:
+    # "openai/clip-vit-large-patch14".
+    reward.aesthetic_model = ""
+    reward.aesthetic_clip = ""
+    # Folders or hub ids of CLIP-H models in transformers' form, such as "yuvalkirstain/PickScore_v1" and
+    # "Jialuo21/SciScore"; HPSv2's published file must be converted to that form.
+    reward.pickscore_model = ""
+    reward.hpsv2_model = ""
+    reward.sciscore_model = ""
     # Deals each round's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
     # of the evaluations stay the true ones.
     reward.shuffled = False

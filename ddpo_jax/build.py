@@ -57,9 +57,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     settings.check(config)
     layout = make_layout(**config.mesh)
     settings_of = choose(settings.METHODS, config.algorithm, "algorithm")
-    reward, reward_params = rewards.make(
-        config.reward.name, settings.reward_settings(config.reward), place=layout.parameters
-    )
+    reward, reward_params = rewards.make(config.reward.name, settings.reward_settings(config), place=layout.parameters)
     combination = experts.make(
         reward.names,
         weigh(reward.names, tuple(config.reward.weights)),

@@ -114,8 +114,10 @@ def sft(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
 METHODS = {"ddpo_is": ddpo_is, "ddpo_sf": ddpo, "sft": sft}
 
 
-def reward_settings(reward: ConfigDict) -> rewards.Settings:
-    return rewards.Settings(**{name: reward[name] for name in rewards.Settings._fields})
+def reward_settings(config: ConfigDict) -> rewards.Settings:
+    """What the rewards are made with. If no CLIP is named, the embedded one judges the embedded model's pictures."""
+    found = rewards.Settings(**{name: config.reward[name] for name in rewards.Settings._fields})
+    return found._replace(clip_model=found.clip_model or {"tiny": "tiny"}.get(config.pretrained.model, ""))
 
 
 def make_finetune(train: ConfigDict) -> Finetune:

@@ -11,7 +11,8 @@ from small import CLIP, write_clip
 
 from ddpo_jax import rewards
 from ddpo_jax.errors import UserError
-from ddpo_jax.models.clip import MEAN, STD
+from ddpo_jax.models import preprocess
+from ddpo_jax.models.preprocess import MEAN, STD
 from ddpo_jax.rewards import clip_score
 from ddpo_jax.tiny.render import render
 from ddpo_jax.types import Prompts
@@ -95,7 +96,8 @@ def test_the_gradient_is_the_slope(small_score, shape):
 
 def seen(images, size):
     """What the CLIP sees, as pixels in [0, 1] again."""
-    return clip_score.preprocess(images, size) * STD[None, None, None] + MEAN[None, None, None]
+    mean, std = (jnp.array(values)[None, None, None] for values in (MEAN, STD))
+    return preprocess.apply(images, preprocess.parse({}, size)) * std + mean
 
 
 def test_a_picture_of_the_right_size_is_left_alone():

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import SCHEDULER
+from small import SCHEDULER, random_params
 
 from ddpo_jax import metrics, process, rewards
 from ddpo_jax.config import parse, run_name
 from ddpo_jax.data import prompt_source
 from ddpo_jax.main import main
 from ddpo_jax.models import stable_diffusion
+from ddpo_jax.models.folder import write_weights
+from ddpo_jax.models.mlp import ScoreMLP
 from ddpo_jax.models.stable_diffusion import Pretrained, Source
 from ddpo_jax.models.tokenizer import load_tokenizer
 from ddpo_jax.settings import make_advantages
@@ -97,6 +99,12 @@ def stand_in(folder):
     return model, pretrained
 
 
+def write_head(path):
+    """An aesthetic predictor's file, for the embedded CLIP."""
+    write_weights(path, random_params(ScoreMLP(), 0, jnp.zeros((1, 128))), dtype=np.float32)
+    return path
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkeypatch):
     model, pretrained = stand_in(small_folder)
@@ -108,6 +116,8 @@ def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkey
         **SHRUNK,
         "data.source": "scorers:colored" if config.data.source else "",
         "reward.name": "scorers:brightness" if to_come(config) else config.reward.name,
+        "reward.aesthetic_model": write_head(tmp_path / "head.safetensors"),
+        "reward.aesthetic_clip": "tiny",
     }
     arguments = (f"--config.{name}={value}" for name, value in changes.items())
     assert main([f"--config={CONFIGS / recipe}", f"--workdir={workdir}", *arguments]) == 0

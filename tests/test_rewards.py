@@ -398,7 +398,7 @@ def test_scorers_of_ones_own_may_read_metadata_and_have_parameters(tmp_path, mon
 def test_make_says_what_there_is():
     with pytest.raises(UserError, match=r"'jpeg_compresibility'. Did you mean jpeg_compressibility\?.*module:function"):
         rewards.make("jpeg_compresibility", rewards.Settings(deadline=1.0, num_workers=1))
-    with pytest.raises(UserError, match="Choose from clip_score, jpeg_compressibility, jpeg_incompressibility"):
+    with pytest.raises(UserError, match=r"Choose from aesthetic_score, clip_score, .*jpeg_compressibility"):
         rewards.make("", rewards.Settings(deadline=1.0, num_workers=1))
     with pytest.raises(UserError):
         rewards.make("no_such_module:score", rewards.Settings(deadline=1.0, num_workers=1))

@@ -1,4 +1,4 @@
-"""CLIP's two towers (Radford et al. 2021), named as transformers names them."""
+"""CLIP's two towers (Radford et al. 2021), named as transformers names them. dtype=None: as what they are given."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ddpo_jax.errors import UserError, number
 from ddpo_jax.models.layers import Dtype, activation, attend, layer_norm
-
-# The pixel statistics that every published CLIP uses; the tiny one keeps them, so that one processor serves all.
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class TowerConfig(NamedTuple):
@@ -49,6 +44,11 @@ class CLIPConfig(NamedTuple):
     projection_dim: int
 
 
+# What a CLIPModel's config.json leaves out where it is of ViT-B/32's size.
+TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+
 def tower_config(fields: Mapping[str, Any], *, heads: int) -> TowerConfig:
     config = TowerConfig(
         width=number(fields, "hidden_size"),
@@ -80,10 +80,13 @@ def text_config(fields: Mapping[str, Any], *, projects: bool = False) -> TextCon
 
 
 def clip_config(fields: Mapping[str, Any]) -> CLIPConfig:
-    """The CLIPConfig of a parsed config.json of transformers' CLIPModel."""
-    vision = fields["vision_config"]
+    """The CLIPConfig of a parsed config.json of transformers' CLIPModel; absent fields have transformers' defaults."""
+    text, vision = (
+        defaults | fields[name] | (fields.get(f"{name}_dict") or {})  # the latter in files of before 2023; it counts
+        for name, defaults in (("text_config", TEXT_DEFAULTS), ("vision_config", VISION_DEFAULTS))
+    )
     return CLIPConfig(
-        text=text_config(fields["text_config"]),
+        text=text_config(text),
         vision=VisionConfig(
             tower=tower_config(vision, heads=12),
             image_size=number(vision, "image_size", 224),
@@ -95,7 +98,7 @@ def clip_config(fields: Mapping[str, Any]) -> CLIPConfig:
 
 class SelfAttention(nn.Module):
     num_heads: int
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "1 1 s s"] | None) -> Float[Array, "b s d"]:
@@ -108,7 +111,7 @@ class SelfAttention(nn.Module):
 
 class MLP(nn.Module):
     config: TowerConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
@@ -118,7 +121,7 @@ class MLP(nn.Module):
 
 class EncoderLayer(nn.Module):
     config: TowerConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "1 1 s s"] | None) -> Float[Array, "b s d"]:
@@ -130,7 +133,7 @@ class EncoderLayer(nn.Module):
 
 class Transformer(nn.Module):
     config: TowerConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(
@@ -145,7 +148,7 @@ class Transformer(nn.Module):
 
 class TextEmbeddings(nn.Module):
     config: TextConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
@@ -169,7 +172,7 @@ class CLIPTextModel(nn.Module):
     """CLIPTextModel and, where its config has a projection_dim, CLIPTextModelWithProjection."""
 
     config: TextConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b s"]) -> TextStates:
@@ -189,7 +192,7 @@ class CLIPTextModel(nn.Module):
 
 class VisionEmbeddings(nn.Module):
     config: VisionConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b s d"]:
@@ -197,9 +200,9 @@ class VisionEmbeddings(nn.Module):
         size = (config.patch_size, config.patch_size)
         patches = nn.Conv(
             width, size, strides=size, padding="VALID", use_bias=False, dtype=self.dtype, name="patch_embedding"
-        )(pixels.astype(self.dtype))
+        )(pixels if self.dtype is None else pixels.astype(self.dtype))
         patches = patches.reshape(pixels.shape[0], -1, width)
-        first = self.param("class_embedding", nn.initializers.normal(0.02), (width,)).astype(self.dtype)
+        first = self.param("class_embedding", nn.initializers.normal(0.02), (width,)).astype(patches.dtype)
         first = jnp.broadcast_to(first, (pixels.shape[0], 1, width))
         positions = nn.Embed(patches.shape[1] + 1, width, dtype=self.dtype, name="position_embedding")(
             jnp.arange(patches.shape[1] + 1)
@@ -211,7 +214,7 @@ class CLIPVisionModel(nn.Module):
     """The pooled (class-token) state of an image that was already resized and normalised."""
 
     config: VisionConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
@@ -226,7 +229,7 @@ class CLIPModel(nn.Module):
     """Both towers with their projections, as transformers' CLIPModel."""
 
     config: CLIPConfig
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = jnp.float32
 
     def setup(self):
         self.text_model = CLIPTextModel(self.config.text, self.dtype)
@@ -236,11 +239,11 @@ class CLIPModel(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
     def encode_text(self, tokens: Int[Array, "b s"]) -> Float[Array, "b d"]:
-        """Unit embeddings of tokenised texts, in float32."""
+        """Unit embeddings of tokenised texts, in float32 at least."""
         return _unit(self.text_projection(self.text_model(tokens).pooled))
 
     def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-        """Unit embeddings of resized and normalised images, in float32."""
+        """Unit embeddings of resized and normalised images, in float32 at least."""
         return _unit(self.visual_projection(self.vision_model(pixels)))
 
     def __call__(self, tokens: Int[Array, "b s"], pixels: Float[Array, "n H W 3"]) -> Float[Array, "n b"]:
@@ -249,5 +252,5 @@ class CLIPModel(nn.Module):
 
 
 def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    x = x.astype(jnp.float32)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -26,7 +26,7 @@ def group_norm(num_groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.G
     return nn.GroupNorm(num_groups=num_groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
+def layer_norm(epsilon: float, dtype: Dtype | None, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
@@ -43,13 +43,27 @@ def attend(
     num_heads: int,
     mask: Bool[Array, "1 1 q k"] | None = None,
 ) -> Float[Array, "b q d"]:
-    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32."""
+    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32 at least."""
 
     def split(x):
         return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
 
-    out = jax.nn.dot_product_attention(split(query), split(key), split(value), mask=mask)
-    return out.reshape(query.shape)
+    attention = _attention_float64 if query.dtype == jnp.float64 else jax.nn.dot_product_attention
+    return attention(split(query), split(key), split(value), mask=mask).reshape(query.shape)
+
+
+def _attention_float64(
+    query: Float[Array, "b q n e"],
+    key: Float[Array, "b k n e"],
+    value: Float[Array, "b k n e"],
+    *,
+    mask: Bool[Array, "1 1 q k"] | None,
+) -> Float[Array, "b q n e"]:
+    """The same; jax.nn.dot_product_attention rounds its softmax to float32 whatever it is given."""
+    products = jnp.einsum("bqne,bkne->bnqk", query, key) / query.shape[-1] ** 0.5
+    if mask is not None:
+        products = jnp.where(mask, products, -jnp.inf)
+    return jnp.einsum("bnqk,bkne->bqne", jax.nn.softmax(products), value)
 
 
 class ResnetBlock(nn.Module):

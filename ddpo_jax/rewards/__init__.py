@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import clip_score, jpeg
+from ddpo_jax.rewards import aesthetic, clip_score, jpeg
 from ddpo_jax.rewards.kinds import Scores, on_device, on_host, take, texts
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
@@ -29,6 +29,11 @@ class Settings(NamedTuple):
     num_workers: int
     clip_model: str = ""
     clip_template: str = "{}"
+    aesthetic_model: str = ""
+    aesthetic_clip: str = ""
+    pickscore_model: str = ""
+    hpsv2_model: str = ""
+    sciscore_model: str = ""
 
 
 # Scorers on the host, by what makes them: settings -> (fn, prepare), as `on_host` reads them
@@ -40,6 +45,12 @@ HOST = {
 # Scorers that JAX traces, by what makes them: settings, place -> (pure, prepare, params), as `on_device` reads them
 DEVICE = {
     "clip_score": lambda settings, place: clip_score.make(settings.clip_model, settings.clip_template, place=place),
+    "aesthetic_score": lambda settings, place: aesthetic.make(
+        settings.aesthetic_model, settings.aesthetic_clip, place=place
+    ),
+    "pickscore": lambda settings, place: clip_score.make_pickscore(settings.pickscore_model, place=place),
+    "hpsv2": lambda settings, place: clip_score.make_hpsv2(settings.hpsv2_model, place=place),
+    "sciscore": lambda settings, place: clip_score.make_sciscore(settings.sciscore_model, place=place),
 }
 
 

@@ -1,105 +1,85 @@
-"""The CLIP score: how well a picture fits its prompt, by any CLIP in transformers' format."""
+"""How well a picture fits its prompt, and how much people like it: scores of one CLIP's two embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.models.clip import MEAN, STD, CLIPConfig, CLIPModel, clip_config
-from ddpo_jax.models.folder import parsed, read_json, read_weights, weight_files
-from ddpo_jax.models.locate import TINY_CLIP, clip_files, locate
-from ddpo_jax.models.tokenizer import check_tokenizer, load_tokenizer, tokenize
+from ddpo_jax.rewards import clip
+from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
 from ddpo_jax.types import Prompts, PyTree
-
-
-class LoadedCLIP(NamedTuple):
-    """A CLIP folder's network, its float32 parameters, and its own tokenizer."""
-
-    module: CLIPModel
-    params: PyTree
-    tokenize: Callable  # texts -> (b, s) int32
 
 
 def make(source: str, template: str, *, place: Callable = first_device) -> tuple[Callable, Callable, PyTree]:
     """(pure, prepare, params) of the cosine similarity of picture and prompt, times 100.
 
-    100 cos(E_I, E_T): the score of Radford et al. 2021 before its softmax, and CLIPScore (Hessel et al. 2021) without
-    its 2.5 and without cutting negative values off. float32, whatever the run computes in: the prompts' own scores are
-    a few units apart.
+    100 cos(E_I, E_T): the score of Radford et al. 2021 before its softmax, and CLIPScore (Hessel et al. 2021, Eq. 1)
+    without its 2.5 and without cutting negative values off, which have no gradient.
 
-    source: as in `load`.  template: what is scored in place of a prompt, which stands where it has {}, such as
-    "a photo of a {}" (Radford et al. 2021, Sec. 3.1.4). Differentiable in the pictures.
+    source: `reward.clip_model`, as in clip.load.  template: what is scored in place of a prompt, which stands where it
+    has {}, such as "a photo of a {}" (Radford et al. 2021, Sec. 3.1.4). Differentiable in the pictures.
     """
     if "{}" not in template:
         raise UserError(f"reward.clip_template={template!r}: expected {{}} in it, where the prompt stands")
-    module, params, tokenize_texts = load(source, place=place)
-    size = module.config.vision.image_size
+    found = clip.load(source, place=place)
+    return judged_by_prompt(found, lambda head, picture, text: 100.0 * _cosine(picture, text), template=template)
 
-    def pure(params: PyTree, images: Float[Array, "b H W 3"], tokens: Int[Any, "b s"]) -> Float[Array, " b"]:
-        picture = module.apply({"params": params}, preprocess(images, size), method="encode_image")
-        text = module.apply({"params": params}, jnp.asarray(tokens), method="encode_text")
-        return 100.0 * (picture * text).sum(axis=-1)
+
+def make_pickscore(source: str, *, place: Callable = first_device) -> tuple[Callable, Callable, PyTree]:
+    """(pure, prepare, params) of PickScore: exp(logit_scale) cos(E_I, E_T), of a CLIP-H that was trained on pairs.
+
+    The difference of two pictures' scores is the log-odds that people pick the first (Kirstain et al. 2023, Eq. 1 and
+    2): a Bradley-Terry model. About 20 to 23 with the published weights.
+
+    source: `reward.pickscore_model`, such as yuvalkirstain/PickScore_v1.
+    """
+    return judged_by_prompt(clip.load(source, field="reward.pickscore_model", place=place), _by_own_scale)
+
+
+def make_sciscore(source: str, *, place: Callable = first_device) -> tuple[Callable, Callable, PyTree]:
+    """(pure, prepare, params) of SciScore: exp(logit_scale) cos(E_I, E_T), of a CLIP-H that was trained on what is
+    scientifically so (Li et al. 2025, Science-T2I).
+
+    source: `reward.sciscore_model`, such as Jialuo21/SciScore.
+    """
+    return judged_by_prompt(clip.load(source, field="reward.sciscore_model", place=place), _by_own_scale)
+
+
+def make_hpsv2(source: str, *, place: Callable = first_device) -> tuple[Callable, Callable, PyTree]:
+    """(pure, prepare, params) of the Human Preference Score v2: cos(E_I, E_T), of a CLIP-H trained on rankings.
+
+    Wu et al. 2023 (HPS v2), Sec. 4, as its package returns it: without the temperature. About 0.2 to 0.3.
+
+    source: `reward.hpsv2_model`: the weights in transformers' form, a folder or a hub id.
+    """
+    found = clip.load(source, field="reward.hpsv2_model", place=place)
+    return judged_by_prompt(found, lambda head, picture, text: _cosine(picture, text))
+
+
+def judged_by_prompt(found: clip.CLIP, score: Callable, *, template: str = "{}") -> tuple[Callable, Callable, PyTree]:
+    """(pure, prepare, params) of a score of a picture's and its prompt's embeddings.
+
+    score: params, (b, d), (b, d) -> (b,). A Bradley-Terry head over both, or any other, is such a function; what it has
+    of parameters beside the CLIP's joins the tree.
+    """
+
+    def pure(params: PyTree, images: PixelBatch, tokens: Shaped[Array, "b s"] | np.ndarray) -> Float[Array, " b"]:
+        return score(params, found.embed_images(params, images), found.embed_texts(params, tokens))
 
     def prepare(prompts: Prompts) -> Int32[np.ndarray, "b s"]:
-        return np.asarray(tokenize_texts([template.replace("{}", text) for text in prompts.texts]))
+        return np.asarray(found.tokenize([template.replace("{}", text) for text in prompts.texts]))
 
-    return pure, prepare, params
-
-
-def load(source: str, *, place: Callable = first_device) -> LoadedCLIP:
-    """The CLIP in a folder as transformers saves it: config.json, model.safetensors and the tokenizer's files.
-
-    source: `reward.clip_model`: "tiny", a folder or a hub id.  place: as in read_weights.
-
-    Raises:
-        UserError: something is missing, broken or does not fit; the message names the file.
-    """
-    if not source:
-        raise UserError(
-            "reward.clip_model='': clip_score needs a CLIP; give a folder as transformers saves it, a hub id, or tiny"
-        )
-    folder = locate(source, field="reward.clip_model", tiny=TINY_CLIP, hub_files=clip_files)
-    module = CLIPModel(read_config(folder))
-    config = module.config
-    tokens = jnp.zeros((1, config.text.max_length), jnp.int32)
-    pixels = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens, pixels)["params"]
-    tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, folder, "config.json", config.text.max_length, config.text.vocab_size)
-    params = read_weights(weight_files(folder, "model", None), shapes, place=place)
-    return LoadedCLIP(module, params, lambda texts: tokenize(tokenizer, texts))
+    return pure, prepare, found.params
 
 
-def read_config(folder: Path) -> CLIPConfig:
-    fields = read_json(folder / "config.json")
-    if fields.get("model_type") != "clip":
-        raise UserError(
-            f"{folder}/config.json: model_type {fields.get('model_type')!r} is not supported; expected 'clip'"
-        )
-    return parsed(folder / "config.json", clip_config, fields)
+def _by_own_scale(params: PyTree, picture: Float[Array, "b d"], text: Float[Array, "b d"]) -> Float[Array, " b"]:
+    return jnp.exp(params["logit_scale"]) * _cosine(picture, text)
 
 
-def preprocess(images: Float[Array, "b H W 3"], size: int) -> Float[Array, "b size size 3"]:
-    """What a CLIP that was trained at `size` pixels sees of pictures in [0, 1].
-
-    The shorter side is resized to `size` (bicubic with a = -0.5, antialiased), the middle is cut out, and the pixels
-    are standardised by CLIP's own statistics. It is transformers' CLIPImageProcessor but for rounding: Pillow, which
-    resizes there, rounds to 8 bits after each axis. Pictures of the right size are only standardised.
-    """
-    b, H, W, _ = images.shape
-    shorter = min(H, W)
-    height, width = H * size // shorter, W * size // shorter
-    if shorter != size:
-        # As Pillow does it with square pictures: the width first, and overshoot cut off after each axis.
-        for shape in ((b, H, width, 3), (b, height, width, 3)):
-            images = jax.image.resize(images, shape, method="cubic", antialias=True).clip(0, 1)
-    top, left = (height - size) // 2, (width - size) // 2
-    return (images[:, top : top + size, left : left + size] - MEAN[None, None, None]) / STD[None, None, None]
+def _cosine(picture: Float[Array, "b d"], text: Float[Array, "b d"]) -> Float[Array, " b"]:
+    return (picture * text).sum(axis=-1)

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import CLIPTokenizer
 
-from ddpo_jax.models.clip import MEAN, STD, CLIPModel, clip_config
+from ddpo_jax.models.clip import CLIPModel, clip_config
 from ddpo_jax.models.folder import write_json, write_weights
+from ddpo_jax.models.preprocess import MEAN, STD
 from ddpo_jax.tiny.fit import fit, rendered
 from ddpo_jax.tiny.render import RESOLUTION
 from ddpo_jax.tiny.tokenizer import MAX_LENGTH, VOCAB_SIZE, write_tokenizer
@@ -78,7 +79,7 @@ def train(workdir: Path, folder: Path, text_folder: Path, *, num_steps: int) -> 
     def make_batch(step):
         images, captions = rendered(FIRST_INDEX + step * BATCH, BATCH)
         tokens = tokenizer(captions, padding="max_length", max_length=MAX_LENGTH)["input_ids"]
-        return np.array(tokens, np.int32), (images - MEAN) / STD
+        return np.array(tokens, np.int32), (images - np.float32(MEAN)) / np.float32(STD)
 
     def loss(params, batch, key):
         tokens, pixels = batch

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from small import CLIP, write_clip
 
-from ddpo_jax.models.clip import STD
+from ddpo_jax.models import preprocess
+from ddpo_jax.models.preprocess import STD
 from ddpo_jax.rewards import clip_score
 from ddpo_jax.types import Prompts
 
@@ -69,15 +70,17 @@ def score(folder):
 
 def test_the_score_is_theirs_on_the_same_pixels(folder, score):
     images = jnp.asarray(photos(SIZE, SIZE), jnp.float32) / 255
-    np.testing.assert_allclose(score(images), theirs(folder, clip_score.preprocess(images, SIZE)), atol=1e-4)
+    np.testing.assert_allclose(
+        score(images), theirs(folder, preprocess.apply(images, preprocess.parse({}, SIZE))), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("size", [SIZE, 40])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_pixels_are_theirs(shape, size):
     images = photos(*shape)
-    ours = clip_score.preprocess(jnp.asarray(images, jnp.float32) / 255, size)
-    difference = np.abs(np.asarray(ours) - processed(images, size)) * STD * 255
+    ours = preprocess.apply(jnp.asarray(images, jnp.float32) / 255, preprocess.parse({}, size))
+    difference = np.abs(np.asarray(ours) - processed(images, size)) * np.array(STD) * 255
     assert difference.max() <= 1.2  # of 255 levels; measured: 1.07, of which Pillow's rounding after each axis is 1
     assert difference.mean() <= 0.3  # measured: 0.27; one rounding is 0.25
 
@@ -87,3 +90,4 @@ def test_the_score_is_theirs_from_the_file_on(folder, score, shape):
     images = photos(*shape)
     found = score(jnp.asarray(images, jnp.float32) / 255)
     np.testing.assert_allclose(found, theirs(folder, processed(images)), atol=0.1)  # measured: 0.045
+    np.testing.assert_allclose(score(jnp.asarray(images)), found, rtol=1e-5, atol=1e-5)

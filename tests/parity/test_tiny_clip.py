@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.models.clip import MEAN, STD, CLIPModel, clip_config
+from ddpo_jax.models.clip import CLIPModel, clip_config
 from ddpo_jax.models.folder import read_json, read_weights
 from ddpo_jax.models.locate import TINY
+from ddpo_jax.models.preprocess import MEAN, STD
 from ddpo_jax.tiny.fit import rendered
 
 with warnings.catch_warnings():  # what these warn about on import is not ours to fix
@@ -25,7 +26,7 @@ FOLDER = TINY.parent / "tiny-clip"
 def test_tiny_clip_in_transformers():
     images, captions = rendered(9_200_000_000, 16)
     tokens = CLIPTokenizer.from_pretrained(FOLDER)(captions, padding="max_length", return_tensors="np")["input_ids"]
-    pixels = (images - MEAN) / STD
+    pixels = (images - np.float32(MEAN)) / np.float32(STD)
     model = TorchCLIP.from_pretrained(FOLDER, dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.tensor(tokens), torch.tensor(pixels.transpose(0, 3, 1, 2).copy())).logits_per_image.numpy()
