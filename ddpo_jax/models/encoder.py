@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,10 @@ from transformers import BertTokenizer, DebertaTokenizer, RobertaTokenizer, Toke
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.bert import BERTConfig, BERTModel, bert_config, roberta_config
 from ddpo_jax.models.deberta import DeBERTaConfig, DeBERTaModel, deberta_config
-from ddpo_jax.models.folder import parsed, read_json, read_weights, weight_files
+from ddpo_jax.models.folder import parsed, read_json, read_weights, stored_as, weight_files
+from ddpo_jax.models.locate import TORCH_FILE
 from ddpo_jax.models.tokenizer import LONGEST
+from ddpo_jax.models.torch_file import read_torch_weights
 from ddpo_jax.types import PyTree
 
 
@@ -98,8 +100,12 @@ def read_parameters(encoder: Encoder, num_layers: int, *, place: Callable) -> tu
     def passed_over(name: str) -> bool:
         return is_passed_over(name, encoder.config, num_layers)
 
-    files = weight_files(encoder.folder, "model", None)
-    params = read_weights(files, shapes, prefix=family.prefix, passed_over=passed_over, place=place)
+    how = {"prefix": family.prefix, "passed_over": passed_over, "place": place}
+    names = [path.name for path in encoder.folder.glob("*")]
+    if TORCH_FILE in names and not stored_as(names, "model", ""):
+        params = read_torch_weights(encoder.folder / TORCH_FILE, shapes, **how)
+    else:
+        params = read_weights(weight_files(encoder.folder, "model", None), shapes, **how)
 
     def apply(params: PyTree, tokens: Int[Any, "b s"], mask: Bool[Any, "b s"]) -> Float[Array, "b s d"]:
         return module.apply({"params": params}, jnp.asarray(tokens), jnp.asarray(mask))
@@ -126,17 +132,20 @@ class TextTokenizer(NamedTuple):
 def load_text_tokenizer(encoder: Encoder) -> TextTokenizer:
     """The tokenizer of an encoder's folder, used as bert-score uses it.
 
-    A text is stripped, and RoBERTa's own tokenizer sees a space before it, as inside a sentence. max_length is the
+    A text is stripped, and RoBERTa's own tokenizer sees a space before it, as inside a sentence, unless its
+    tokenizer_config.json says add_prefix_space=false. max_length is the
     tokenizer's own, or config.json's where that is less or the tokenizer names none.
 
     Raises:
         UserError: the tokenizer's files are missing, broken or another model's.
     """
-    tokenizer = _open_tokenizer(encoder)
+    own_fields = encoder.folder / "tokenizer_config.json"
+    fields = read_json(own_fields) if own_fields.is_file() else {}
+    tokenizer = _open_tokenizer(encoder, fields)
     longest, own = encoder.config.max_length, tokenizer.model_max_length
     length = min(int(own), longest) if 0 < own <= LONGEST else longest
     # Transformers 5 takes no add_prefix_space in a call, and passes over bert-score's without a word.
-    space = " " if isinstance(tokenizer, RobertaTokenizer) else ""
+    space = " " if isinstance(tokenizer, RobertaTokenizer) and fields.get("add_prefix_space", True) else ""
 
     def tokenize(texts: Sequence[str]) -> list[list[int]]:
         stripped = [text.strip() for text in texts]
@@ -148,10 +157,10 @@ def load_text_tokenizer(encoder: Encoder) -> TextTokenizer:
     return TextTokenizer(tokenize, ends, length)
 
 
-def _open_tokenizer(encoder: Encoder) -> TokenizersBackend:
+def _open_tokenizer(encoder: Encoder, fields: Mapping[str, Any]) -> TokenizersBackend:
+    """fields: of its tokenizer_config.json."""
     folder, vocab_size = encoder.folder, encoder.config.vocab_size
-    own = folder / "tokenizer_config.json"
-    name = (read_json(own) if own.is_file() else {}).get("tokenizer_class") or encoder.tokenizer
+    name = fields.get("tokenizer_class") or encoder.tokenizer
     known = str(name).removesuffix("Fast")
     if known not in TOKENIZERS:
         raise UserError(f"{folder}: tokenizer_class {name!r} is not supported; expected one of {', '.join(TOKENIZERS)}")

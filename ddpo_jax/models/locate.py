@@ -9,6 +9,7 @@ from pathlib import Path
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.folder import ASSETS, PICKLES, STEMS, missing, stored_as
 
+TORCH_FILE = "pytorch_model.bin"  # of which plain tensors are read by torch_file, where there are no safetensors
 TINY, TINY_CLIP = ASSETS / "tiny-sd", ASSETS / "tiny-clip"
 
 
@@ -46,11 +47,13 @@ def clip_files(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def encoder_files(names: Sequence[str] | None) -> tuple[str, ...]:
-    """What is asked of the hub for an encoder of the BERT family.
+    """What is asked of the hub for an encoder of the BERT family: of one without safetensors torch's own file.
 
     Raises:
-        UserError: it has no safetensors.
+        UserError: it has neither.
     """
+    if names is not None and TORCH_FILE in names and not stored_as(names, "model", ""):
+        return ("*.json", "merges.txt", "vocab.txt", TORCH_FILE)
     return (*clip_files(names), "vocab.txt")
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpo_jax import convert
 from ddpo_jax.errors import UserError
+from ddpo_jax.sharding import first_device, put
+from ddpo_jax.types import PyTree
 
 STORAGES = {
     "FloatStorage": np.float32,
@@ -92,6 +96,28 @@ def read_torch_tensors(path: Path) -> dict[str, np.ndarray]:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a .pth or .safetensors file") from None
+
+
+def read_torch_weights(
+    path: Path,
+    like: PyTree,
+    *,
+    prefix: str = "",
+    passed_over: Callable[[str], bool] = lambda name: False,
+    place: Callable = first_device,
+) -> PyTree:
+    """folder.read_weights of a file of torch.save; the host holds all of the file for a while.
+
+    Raises:
+        UserError: as read_torch_tensors, and where the tensors are not the network's.
+    """
+    named = ((name.removeprefix(prefix), tensor) for name, tensor in read_torch_tensors(path).items())
+    tensors = {name: tensor for name, tensor in named if not passed_over(name)}
+    params = convert.from_torch(tensors, like, source=str(path))
+    params = jax.tree.map(lambda array, leaf: np.asarray(array, leaf.dtype, order="C"), params, like)
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(params)):
+        raise UserError(f"{path}: it holds values that are not finite; copy or download it again")
+    return jax.tree.map(put, params, place(params))
 
 
 def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:

@@ -7,17 +7,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from ddpo_jax import convert
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.folder import read_weights
 from ddpo_jax.models.mlp import ScoreMLP
-from ddpo_jax.models.torch_file import read_torch_tensors
+from ddpo_jax.models.torch_file import read_torch_weights
 from ddpo_jax.rewards import clip
 from ddpo_jax.rewards.pixels import PixelBatch
-from ddpo_jax.sharding import first_device, put
+from ddpo_jax.sharding import first_device
 from ddpo_jax.types import Prompts, PyTree
 
 
@@ -57,9 +55,4 @@ def read_head(source: str, like: PyTree, *, place: Callable) -> PyTree:
     path = Path(source).expanduser()
     if path.suffix == ".safetensors":
         return read_weights((path,), like, place=place)
-    tensors = read_torch_tensors(path)
-    params = convert.from_torch(tensors, like, source=str(path))
-    params = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
-    if not all(np.isfinite(array).all() for array in jax.tree.leaves(params)):
-        raise UserError(f"{path}: it holds values that are not finite; copy or download it again")
-    return jax.tree.map(put, params, place(params))
+    return read_torch_weights(path, like, place=place)
