@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Float32, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import aesthetic, clip_score, jpeg
-from ddpo_jax.rewards.kinds import Scores, on_device, on_host, take, texts
+from ddpo_jax.rewards import aesthetic, clip_score, jpeg, jpeg_estimate
+from ddpo_jax.rewards.kinds import Scores, nothing, on_device, on_host, take, texts
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
 from ddpo_jax.types import Prompts, PyTree, Reward
@@ -50,6 +50,8 @@ DEVICE = {
     ),
     "pickscore": lambda settings, place: clip_score.make_pickscore(settings.pickscore_model, place=place),
     "hpsv2": lambda settings, place: clip_score.make_hpsv2(settings.hpsv2_model, place=place),
+    "jpeg_compressibility_estimate": lambda settings, place: (jpeg_estimate.pure_compressibility, nothing, ()),
+    "jpeg_incompressibility_estimate": lambda settings, place: (jpeg_estimate.pure_incompressibility, nothing, ()),
     "sciscore": lambda settings, place: clip_score.make_sciscore(settings.sciscore_model, place=place),
 }
 
@@ -144,7 +146,7 @@ def _make_expert(name: str, settings: Settings, place: Callable) -> tuple[Reward
             return on_host(name, lambda images, prompts: fn(images, *prompts), prepare=_told, **threads), ()
         case ["device", module, function]:
             fn = load_object(f"{module}:{function}")
-            return on_device(name, lambda params, images, inputs: fn(images), lambda prompts: ()), ()
+            return on_device(name, lambda params, images, inputs: fn(images), nothing), ()
         case ["maker", module, function]:
             return _trace(name, load_object(f"{module}:{function}"), settings, place)
     known = sorted([*HOST, *DEVICE])

@@ -14,9 +14,10 @@ from ddpo_jax.models.folder import read_weights
 from ddpo_jax.models.mlp import ScoreMLP
 from ddpo_jax.models.torch_file import read_torch_weights
 from ddpo_jax.rewards import clip
+from ddpo_jax.rewards.kinds import nothing
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
-from ddpo_jax.types import Prompts, PyTree
+from ddpo_jax.types import PyTree
 
 
 def make(head: str, clip_source: str, *, place: Callable = first_device) -> tuple[Callable, Callable, PyTree]:
@@ -39,10 +40,7 @@ def make(head: str, clip_source: str, *, place: Callable = first_device) -> tupl
     def pure(params: PyTree, images: PixelBatch, inputs: tuple[()]) -> Float[Array, " b"]:
         return mlp.apply({"params": params["mlp"]}, found.embed_images(params["clip"], images))
 
-    def prepare(prompts: Prompts) -> tuple[()]:
-        return ()
-
-    return pure, prepare, params
+    return pure, nothing, params
 
 
 def read_head(source: str, like: PyTree, *, place: Callable) -> PyTree:

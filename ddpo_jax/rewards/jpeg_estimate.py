@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.rewards.pixels import PixelBatch, as_pixels
 from ddpo_jax.types import PyTree
 
 # T.81, K.1: rows are vertical frequencies.
@@ -91,20 +92,20 @@ def jpeg_kilobytes_estimate(images: Float[Array, "b H W 3"], *, quality: int = 9
     return (HEADER_BYTES + total / 8) / 1000
 
 
-def pure_incompressibility(params: PyTree, images: Float[Array, "b H W 3"], inputs: PyTree) -> Float[Array, " b"]:
+def pure_incompressibility(params: PyTree, images: PixelBatch, inputs: PyTree) -> Float[Array, " b"]:
     """The estimated JPEG size in kilobytes, as `on_device` wants it; params and inputs are empty, and not read.
 
     The differentiable twin of `jpeg.jpeg_incompressibility`.
     """
-    return jpeg_kilobytes_estimate(images)
+    return jpeg_kilobytes_estimate(as_pixels(images))
 
 
-def pure_compressibility(params: PyTree, images: Float[Array, "b H W 3"], inputs: PyTree) -> Float[Array, " b"]:
+def pure_compressibility(params: PyTree, images: PixelBatch, inputs: PyTree) -> Float[Array, " b"]:
     """Minus the estimated JPEG size in kilobytes, as `on_device` wants it; params and inputs are empty, and not read.
 
     The differentiable twin of `jpeg.jpeg_compressibility`.
     """
-    return -jpeg_kilobytes_estimate(images)
+    return -jpeg_kilobytes_estimate(as_pixels(images))
 
 
 def bit_counts(images: Float[Array, "b H W 3"], *, quality: int) -> tuple[Float[Array, "b 3"], Float[Array, " b"]]:

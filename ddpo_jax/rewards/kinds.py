@@ -81,6 +81,11 @@ def texts(prompts: Prompts) -> tuple[str, ...]:
     return prompts.texts
 
 
+def nothing(prompts: Prompts) -> tuple[()]:
+    """For those that look at the pictures alone."""
+    return ()
+
+
 def on_host(
     name: str, fn: Callable, *, deadline: float, num_workers: int, prepare: Callable[[Prompts], Any] = texts
 ) -> Reward:
