@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ddpo_jax.errors import RunStopped, UserError
 
@@ -30,6 +32,14 @@ def add_base_flags(parser: argparse.ArgumentParser) -> None:
 def base_of(flags: argparse.Namespace) -> dict[str, str]:
     """What `add_base_flags` were given, by the fields of `pretrained`."""
     return {"model": flags.base, "variant": flags.variant, "revision": flags.revision}
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError if --output cannot be made or written to."""
+    output = folder.absolute()
+    nearest = next(path for path in (output, *output.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--output={folder}: {nearest} cannot be written; give a folder of yours")
 
 
 def quieten() -> None:

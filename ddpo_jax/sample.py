@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 from ddpo_jax import data, metrics, saved
-from ddpo_jax.command import add_base_flags, base_of, describe, run_command
+from ddpo_jax.command import add_base_flags, base_of, check_output, describe, run_command
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.stable_diffusion import freeze
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
@@ -105,10 +104,7 @@ def check(flags: argparse.Namespace) -> None:
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed={flags.seed}: expected 0 to 2^32 - 1")
     check_sampling(flags.eta, GUIDANCE_SCALE if flags.guidance_scale is None else flags.guidance_scale)
-    output = flags.output.expanduser().absolute()
-    nearest = next(path for path in (output, *output.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--output={flags.output}: {nearest} cannot be written; give a folder of yours")
+    check_output(flags.output.expanduser())
 
 
 def read_prompts(flags: argparse.Namespace) -> tuple[str, ...]:

@@ -67,6 +67,14 @@ img.smooth { image-rendering: auto; }
 .pair div span { color: var(--muted); font-size: 14px; }
 .films { display: grid; gap: 14px 10px; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); }
 .films figcaption { font-size: 13px; margin-top: 3px; }
+.ranked { display: grid; gap: 22px 14px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.ranked img { aspect-ratio: 1; object-fit: contain; }
+.ranked figcaption { margin-top: 5px; font-size: 13px; }
+.ranked figcaption b { font-size: 15px; font-variant-numeric: tabular-nums; }
+.ranked figcaption i { float: right; color: var(--muted); font-style: normal; }
+.ranked figcaption q, .ranked figcaption span { display: block; font-size: 13px; line-height: 1.3; quotes: none; }
+.ranked figcaption .other { display: flex; justify-content: space-between; gap: 8px; }
+.ranked .other b { font-size: 13px; font-weight: normal; color: var(--ink); white-space: nowrap; }
 .slider { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; align-items: center; gap: 0 14px;
   padding: 10px 0; background: var(--page); }
 .slider input { flex: 1 1 220px; height: 32px; margin: 0; accent-color: var(--train); }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -126,6 +127,21 @@ def changes(rows: Sequence[Change], *, color: str, x_label: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.set_xlabel(x_label)
+        return _svg(figure)
+
+
+def histogram(values: Float[np.ndarray, " n"], *, size: tuple[int, int], x_label: str) -> str:
+    """How many of the values, all finite and at least one, are in each of some equal intervals."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(size)
+        count = int(np.clip(np.ceil(2 * np.cbrt(len(values))), 5, 40))  # Rice's rule
+        heights, edges = np.histogram(np.asarray(values, float), bins=count)
+        axes.bar(edges[:-1], heights, np.diff(edges) * 0.92, align="edge", color=COLORS["train"], linewidth=0)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("pictures")
         return _svg(figure)
 
 

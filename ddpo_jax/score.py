@@ -1,0 +1,237 @@
+"""Score a folder of pictures with any reward, to try it alone.
+
+python -m ddpo_jax.score --reward=clip_score --config.reward.clip_model=tiny --images=DIR --output=DIR
+python -m ddpo_jax.score --reward=jpeg_compressibility,my_rewards:brightness --images=DIR --output=DIR
+
+Reads PNG, JPEG, WebP, BMP and TIFF. Prompts come from metadata.jsonl in the folder (file_name, text), as
+ddpo_jax.sample writes it, or from --prompt. Writes scores.csv, a row a picture, and scores.html, a page with the
+pictures, best first. --reward is what a run's reward.name may be, and --config.reward.FIELD=VALUE sets clip_model,
+clip_template, deadline or num_workers as for a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import io
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from ddpo_jax import rewards
+from ddpo_jax.command import check_output, describe, run_command
+from ddpo_jax.config import OVERRIDE, joined
+from ddpo_jax.errors import UserError
+from ddpo_jax.picture_folder import Entry, list_pictures, read_all
+from ddpo_jax.report import scores as report
+from ddpo_jax.types import Prompts, PyTree, Reward
+from ddpo_jax.workdir import write_atomically
+
+DEFAULTS = rewards.Settings(deadline=300.0, num_workers=2)  # as in configs/base.py
+FLAGS = {"reward.name": "--reward"}
+
+
+class Chunk(NamedTuple):
+    """Pictures of one size, scored together."""
+
+    positions: list[int]  # of the first of them; the others fill up
+    images: UInt8[np.ndarray, "b H W 3"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = joined(sys.argv[1:] if argv is None else argv)
+    fields = [arg for arg in argv if OVERRIDE.match(arg)]
+    others = [arg for arg in argv if not OVERRIDE.match(arg)]
+    return run_command(lambda flags: score(flags, fields), parser(), others, flag_of=FLAGS)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = describe(__doc__)
+    add = parser.add_argument
+    add("--reward", required=True, help="clip_score, jpeg_compressibility, module:function, ...; several with commas")
+    add("--images", required=True, type=Path, help="the folder of pictures; folders in it are not looked into")
+    add("--output", required=True, type=Path, help="the folder to write to, another one")
+    add("--prompt", help="of all pictures, in place of metadata.jsonl's")
+    add("--chunk_size", type=int, default=8, help="pictures of one size scored together, at most; 8 by default")
+    add("--compilation_cache", default="~/.cache/ddpo_jax", help="folder of compiled programs; empty: none")
+    return parser
+
+
+def score(flags: argparse.Namespace, fields: Sequence[str]) -> None:
+    """Scores and writes what the flags ask for. fields: flags of the form --config.reward.FIELD=VALUE.
+
+    Raises:
+        UserError: a flag, the reward, the pictures or the output folder cannot be used.
+        RunStopped: the reward raised, or gave no scores in time.
+    """
+    settings = read_settings(fields)
+    folder, output = flags.images.expanduser(), flags.output.expanduser()
+    if flags.chunk_size < 1:
+        raise UserError(f"--chunk_size={flags.chunk_size}: expected 1 or more")
+    entries, absent = list_pictures(folder, flags.prompt)
+    if output.resolve() == folder.resolve():
+        raise UserError(f"--output={flags.output}: the pictures are in it; give another folder")
+    check_output(output)
+    if absent:
+        note(f"{len(absent)} files that metadata.jsonl names are not there, such as {absent[0]!r}")
+    without = sum(not entry.text for entry in entries)
+    if without:
+        note(f"{without} of {len(entries)} pictures have no prompt, and an empty one is scored; --prompt=TEXT gives it")
+    if flags.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
+    reward, params = rewards.make(flags.reward, settings)
+    begin = time.monotonic()
+    values, reasons = score_all(reward, params, entries, chunk_size=flags.chunk_size, in_flight=settings.num_workers)
+    seconds = time.monotonic() - begin
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "scores.csv", table(entries, reward.names, values, reasons))
+    write_atomically(
+        output / "scores.html", report.page_of(folder, entries, reward.names, values, reasons, seconds=seconds)
+    )
+    for name, column in zip(reward.names, values.T, strict=True):
+        print(f"{name}: {summary(column)}")
+    print(f"{output}: {len(entries)} pictures in {seconds:.1f} s, {len(entries) / seconds:.3g} a second")
+
+
+def read_settings(fields: Sequence[str]) -> rewards.Settings:
+    """What rewards are made with: DEFAULTS with the fields that flags --config.reward.FIELD=VALUE change.
+
+    Raises:
+        UserError: there is no such field, it is nothing to a reward alone, or the value is of another type.
+    """
+    settings = DEFAULTS
+    for arg in fields:
+        name, given, value = arg.partition("=")
+        name = name.lstrip("-").removeprefix("config.reward.")
+        if name == "name":
+            raise UserError(f"{arg}: give --reward in place of it")
+        if name not in settings._fields:
+            near = difflib.get_close_matches(name, settings._fields, n=1)
+            hint = f"did you mean --config.reward.{near[0]}?" if near else f"expected {_choices()}"
+            raise UserError(f"{arg}: no field that a score depends on; {hint}")
+        kind = type(getattr(DEFAULTS, name))
+        try:
+            if not given:
+                raise ValueError
+            settings = settings._replace(**{name: kind(value)})
+        except ValueError:
+            wanted = {int: "a whole number", float: "a number", str: "=VALUE"}[kind]
+            raise UserError(f"{arg}: expected {wanted}") from None
+    return settings
+
+
+def score_all(
+    reward: Reward, params: tuple[PyTree, ...], entries: tuple[Entry, ...], *, chunk_size: int, in_flight: int
+) -> tuple[Float32[np.ndarray, "n experts"], list[str]]:
+    """The scores of each picture, NaN where there is none, and why there is none, as far as that is known.
+
+    in_flight: chunks that are scored while others are read.
+    """
+    values = np.full((len(entries), len(reward.names)), np.nan, np.float32)
+    reasons = [""] * len(entries)
+    pending: deque = deque()
+
+    def finish() -> None:
+        positions, waiting = pending.popleft()
+        found = reward.result(waiting)[: len(positions)]
+        values[positions] = found
+        why = reward.why(waiting) if reward.why and np.isnan(found).any() else ""
+        for i in np.flatnonzero(np.isnan(found).any(axis=1)):
+            reasons[positions[i]] = why
+
+    for chunk in make_chunks(entries, reasons, chunk_size=chunk_size):
+        if len(pending) == in_flight:
+            finish()
+        prompts = prompts_of(entries, chunk)
+        pending.append((chunk.positions, reward.submit(params, chunk.images, prompts)))
+    while pending:
+        finish()
+    return values, reasons
+
+
+def make_chunks(entries: tuple[Entry, ...], reasons: list[str], *, chunk_size: int) -> Iterator[Chunk]:
+    """The pictures in chunks of one size; all of a size have the same number, so that one program serves them.
+
+    Of those that cannot be read, the reason is put into `reasons` and told.
+    """
+    waiting: dict[tuple, list] = defaultdict(list)  # by shape
+    seen: set[tuple] = set()  # shapes that had a full chunk
+    for i, image, reason in read_all(entries):
+        if image is None:
+            reasons[i] = reason
+            note(f"{entries[i].name}: {reason}")
+            continue
+        held = waiting[image.shape]
+        held.append((i, image))
+        if len(held) == chunk_size:
+            seen.add(image.shape)
+            yield _stack(waiting.pop(image.shape), chunk_size)
+    for shape, held in waiting.items():
+        yield _stack(held, chunk_size if shape in seen else len(held))
+
+
+def prompts_of(entries: tuple[Entry, ...], chunk: Chunk) -> Prompts:
+    """The chunk's prompts, for those that fill up too. No tokens: rewards make their own."""
+    count = len(chunk.images)
+    chosen = [entries[i] for i in _filled(chunk.positions, count)]
+    return Prompts(
+        texts=tuple(entry.text for entry in chosen),
+        tokens=np.zeros((count, 0), np.int32),
+        id=np.asarray(_filled(chunk.positions, count), np.int32),
+        metadata=tuple(entry.metadata for entry in chosen),
+    )
+
+
+def table(
+    entries: tuple[Entry, ...],
+    names: Sequence[str],
+    values: Float32[np.ndarray, "n experts"],
+    reasons: Sequence[str],
+) -> str:
+    """scores.csv: a row a picture, scores in the shortest form that is the same float32, empty where missing."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["file_name", "prompt", *names, "missing_because"])
+    for entry, row, reason in zip(entries, values, reasons, strict=True):
+        scores = ["" if np.isnan(value) else str(value) for value in row]
+        writer.writerow([entry.name, entry.text, *scores, reason])
+    return file.getvalue()
+
+
+def summary(column: Float32[np.ndarray, " n"]) -> str:
+    """One line on an expert's scores."""
+    found = report.summary_of(column)
+    if not found.count:
+        return f"no score, {found.missing} missing"
+    missing = f", {found.missing} missing" if found.missing else ""
+    spread = f"{found.mean:.4g} ± {found.std:.2g}, from {found.lowest:.4g} to {found.highest:.4g}"
+    return f"{spread}, of {found.count} pictures{missing}"
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _stack(held: list[tuple[int, np.ndarray]], count: int) -> Chunk:
+    positions = [i for i, _ in held]
+    return Chunk(positions, np.stack(_filled([image for _, image in held], count)))
+
+
+def _filled(items: list, count: int) -> list:
+    return items + [items[-1]] * (count - len(items))
+
+
+def _choices() -> str:
+    return ", ".join(f"--config.reward.{name}" for name in DEFAULTS._fields)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
