@@ -155,7 +155,7 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # clip_score, aesthetic_score, pickscore, hpsv2, sciscore, jpeg_compressibility, jpeg_incompressibility (of the file;
+    # clip_score, aesthetic_score, pickscore, hpsv2, sciscore, jpeg_compressibility, jpeg_incompressibility (of files;
     # with _estimate of either at its end, of a smooth estimate on the device, which has a gradient), or yours:
     # module:function, metadata:module:function, device:module:function, maker:module:function (the README has them).
     # Several with commas between.

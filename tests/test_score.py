@@ -145,7 +145,7 @@ def test_a_page_of_very_many_shows_the_first_and_the_last(tmp_path, capsys, monk
 
 def test_settings_are_those_of_a_run():
     base = runpy.run_path(str(BASE))
-    assert reward_settings(base["get_config"]().reward) == score.DEFAULTS
+    assert reward_settings(base["get_config"]())._replace(clip_model="") == score.DEFAULTS
     given = [
         "--config.reward.num_workers=3",
         "--config.reward.clip_template=a photo of {}=",
@@ -164,7 +164,7 @@ WRONG = {
     "the name": (["--reward=clip_score", "--config.reward.name=clip_score"], "give --reward in place"),
     "no number": (["--reward=clip_score", "--config.reward.num_workers=x"], "expected a whole number"),
     "no value": (["--reward=clip_score", "--config.reward.clip_model"], "expected =VALUE"),
-    "no CLIP": (["--reward=clip_score"], "reward.clip_model='': clip_score needs a CLIP"),
+    "no CLIP": (["--reward=clip_score"], "reward.clip_model='': expected a CLIP"),
     "chunks": (["--reward=scorers:brightness", "--chunk_size=0"], "--chunk_size=0: expected 1 or more"),
     "a file": (["--reward=scorers:brightness", f"--output={BASE}"], "cannot be written"),
 }
