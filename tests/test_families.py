@@ -26,6 +26,14 @@ TUNINGS = {
     "full": {"train.ema_decay": 0.5},
     "lora": {"train.lora_rank": 4, "train.learning_rate": 3e-3, "train.lora_targets": LORA_TARGETS},
 }
+# Every family and every tuning; the other pairs are slow.
+PAIRS = pytest.mark.parametrize(
+    ("family", "tuning"),
+    [
+        *(("1", "full"), ("1", "lora"), ("2", "full"), ("xl", "lora")),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("2", "lora"), ("xl", "full"))),
+    ],
+)
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -68,8 +76,7 @@ def flags(folder, workdir, tuning, **changes):
     return [f"--config={ROOT / 'configs' / 'base.py'}", f"--workdir={workdir}", *arguments]
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@PAIRS
 def test_the_reward_rises(runs, family, tuning):
     workdir = runs(family, tuning)
     rows = metrics.read(workdir / "metrics.jsonl")
@@ -88,8 +95,7 @@ def run_sample(capsys, output, *arguments, **flags):
     return status, said, [np.asarray(Image.open(path)) for path in pictures]
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@PAIRS
 def test_a_checkpoint_and_its_export_draw_the_same(runs, folders, family, tuning, tmp_path, capsys):
     """The newest checkpoint, as itself and as the folder that the run exported, at the same noise."""
     workdir = runs(family, tuning)
@@ -102,8 +108,7 @@ def test_a_checkpoint_and_its_export_draw_the_same(runs, folders, family, tuning
     assert np.abs(np.stack(drawn["run"]).astype(int) - np.stack(drawn["source"])).max() > 3
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("family", ["1", "xl"])
+@PAIRS
 def test_export_of_a_saved_step(runs, family, tuning, tmp_path, capsys):
     """The last step is what the run itself exported, to the bit; the one before is another."""
     workdir = runs(family, tuning)

@@ -119,7 +119,8 @@ def slurm(tmp_path, *arguments, srun, cache=""):
 
 
 def test_two_tasks_of_a_slurm_job_are_one_run(small_folder, test_cache, tmp_path):
-    config, *others = flags(small_folder, tmp_path / "run")
+    same_programs = {"train.lora_rank": 2, "reward.name": "scorers:brightness"}  # as in test_multihost.py
+    config, *others = flags(small_folder, tmp_path / "run", **same_programs)
     srun = SRUN.format(job=os.getpid() % 4096)
     found, log = slurm(tmp_path, config.removeprefix("--config="), *others, srun=srun, cache=test_cache)
     assert found.returncode == 0, found.stdout + found.stderr

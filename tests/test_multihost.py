@@ -138,7 +138,7 @@ def test_one_signal_stops_all_and_any_mesh_goes_on(small_folder, test_cache, tmp
     assert statuses == [75, 75], "\n".join(outputs)
     assert all("continues from the last whole round" in output for output in outputs)
     step, _ = last_checkpoint(workdir)
-    assert step >= 2
+    assert step >= 1  # a round is told of just before it is kept
 
     for name in ("one", "two"):
         shutil.copytree(workdir, tmp_path / name)
@@ -180,7 +180,7 @@ def test_killed_at_any_moment(small_folder, test_cache, tmp_path):
     ],
 )
 def test_a_reward_that_fails_on_one_process_stops_all(small_folder, test_cache, tmp_path, reward, cause):
-    settings = {"reward.name": f"scorers:{reward}_on_one", "reward.deadline": 5}
+    settings = {"train.lora_rank": 2, "reward.name": f"scorers:{reward}_on_one", "reward.deadline": 5}
     statuses, outputs = Processes(test_cache, flags(small_folder, tmp_path / "run", **settings)).wait(2 * PATIENCE)
     assert statuses == [3, 3]
     assert all(cause in output for output in outputs)
@@ -206,7 +206,7 @@ def test_a_signal_to_a_process_that_is_alone_in_its_cluster(small_folder, test_c
     processes.all[0].send_signal(signal.SIGTERM)
     statuses, outputs = processes.wait(PATIENCE)
     assert statuses == [75], outputs
-    assert last_checkpoint(workdir)[0] >= 2
+    assert last_checkpoint(workdir)[0] >= 1  # a round is told of just before it is kept
 
 
 # Finding each other
