@@ -5,8 +5,8 @@ python -m ddpo_jax.score --reward=jpeg_compressibility,my_rewards:brightness --i
 
 Reads PNG, JPEG, WebP, BMP and TIFF. Prompts come from metadata.jsonl in the folder (file_name, text), as
 ddpo_jax.sample writes it, or from --prompt. Writes scores.csv, a row a picture, and scores.html, a page with the
-pictures, best first. --reward is what a run's reward.name may be, and --config.reward.FIELD=VALUE sets clip_model,
-clip_template, deadline or num_workers as for a run.
+pictures, best first. --reward is what a run's reward.name may be, and --config.reward.FIELD=VALUE sets what a scorer
+is made with, such as clip_model, clip_template, deadline and num_workers, as for a run.
 """
 
 from __future__ import annotations
