@@ -14,7 +14,7 @@ from ddpo_jax.types import PyTree
 
 # Torch containers that number their children: `resnets.0` there is `resnets_0` here.
 NUMBERED = re.compile(
-    r"\b(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|layers|to_out|net)_(\d+)\b"
+    r"\b(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|layers?|to_out|net)_(\d+)\b"
 )
 
 # Names that older checkpoints use, rewritten before anything else reads them.
@@ -24,6 +24,9 @@ OLD_NAMES = (
     (re.compile(r"(mid_block\.attentions\.\d+)\.key\."), r"\1.to_k."),
     (re.compile(r"(mid_block\.attentions\.\d+)\.value\."), r"\1.to_v."),
     (re.compile(r"(mid_block\.attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+    # BERT as converted from TensorFlow, bert-base-uncased's own folder among them.
+    (re.compile(r"\bLayerNorm\.gamma$"), "LayerNorm.weight"),
+    (re.compile(r"\bLayerNorm\.beta$"), "LayerNorm.bias"),
 )
 
 # Linear layers that the same checkpoints may keep as 1x1 convolutions.
@@ -53,6 +56,8 @@ LEAVES = {
     ("bias", 1): Leaf("bias", _same, _same),
     ("class_embedding", 1): Leaf("class_embedding", _same, _same),
     ("logit_scale", 0): Leaf("logit_scale", _same, _same),
+    ("q_bias", 1): Leaf("q_bias", _same, _same),  # DeBERTa's, beside a projection without
+    ("v_bias", 1): Leaf("v_bias", _same, _same),
 }
 
 

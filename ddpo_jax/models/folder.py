@@ -132,19 +132,29 @@ def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, file.get_tensor(name)
 
 
+def _nothing(name: str) -> bool:
+    return False
+
+
 def read_weights(
-    files: Sequence[Path], like: PyTree, *, prefix: str = "", place: Callable | None = first_device
+    files: Sequence[Path],
+    like: PyTree,
+    *,
+    prefix: str = "",
+    passed_over: Callable[[str], bool] = _nothing,
+    place: Callable | None = first_device,
 ) -> PyTree:
     """Arrays with the structure, shapes and dtypes of `like`, out of safetensors files.
 
     place: tree of shapes -> tree of shardings, as Layout.parameters; the first device by default. None: numpy arrays.
     One tensor is read, turned, cast and placed at a time: beyond the finished arrays, the host holds two of the largest
-    tensor and MAPPED_BYTES of a file. A leading `prefix` of names is passed over.
+    tensor and MAPPED_BYTES of a file. A leading `prefix` of names is passed over, and then the tensors whose name
+    `passed_over` is true of.
 
     Raises:
         UserError: a file is truncated, holds other tensors than the network, or a value is not finite.
     """
-    return _read(_find(files, like, prefix), like, place)
+    return _read(_find(files, like, prefix, passed_over), like, place)
 
 
 def check_weights(files: Sequence[Path], like: PyTree, *, prefix: str = "") -> None:
@@ -152,7 +162,9 @@ def check_weights(files: Sequence[Path], like: PyTree, *, prefix: str = "") -> N
     _find(files, like, prefix)
 
 
-def _find(files: Sequence[Path], like: PyTree, prefix: str) -> list[tuple[_Tensor, Callable]]:
+def _find(
+    files: Sequence[Path], like: PyTree, prefix: str, passed_over: Callable[[str], bool] = _nothing
+) -> list[tuple[_Tensor, Callable]]:
     """For each leaf of `like` its tensor, and what turns it."""
     tensors: dict[str, _Tensor] = {}
     for path in files:
@@ -160,6 +172,8 @@ def _find(files: Sequence[Path], like: PyTree, prefix: str) -> list[tuple[_Tenso
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
                 known = name.removeprefix(prefix)
+                if passed_over(known):
+                    continue
                 if known in tensors:
                     raise UserError(f"{path}: tensor {name!r} is in {tensors[known].file.name} too; expected it once")
                 if part.get_dtype() not in FLOATS and not convert.IGNORED.search(name):

@@ -1,4 +1,4 @@
-"""Blocks that the UNet, the VAE and CLIP share. NHWC; submodules bear diffusers' own names, as convert.py expects."""
+"""Blocks that several networks share. NHWC; submodules bear diffusers' own names, as convert.py expects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def attend(
     value: Float[Array, "b k d"],
     *,
     num_heads: int,
-    mask: Bool[Array, "1 1 q k"] | None = None,
+    mask: Bool[Array, "#b 1 #q k"] | None = None,
 ) -> Float[Array, "b q d"]:
     """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32."""
 

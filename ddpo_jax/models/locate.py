@@ -45,6 +45,15 @@ def clip_files(names: Sequence[str] | None) -> tuple[str, ...]:
     return ("*.json", "merges.txt", "model.safetensors", "model-?????-of-?????.safetensors")
 
 
+def encoder_files(names: Sequence[str] | None) -> tuple[str, ...]:
+    """What is asked of the hub for an encoder of the BERT family.
+
+    Raises:
+        UserError: it has no safetensors.
+    """
+    return (*clip_files(names), "vocab.txt")
+
+
 def locate_pipeline(source: str, *, variant: str, revision: str) -> Path:
     """The local folder of a pipeline whose weights are of this variant."""
     return locate(source, hub_files=partial(pipeline_files, variant=variant), revision=revision)
