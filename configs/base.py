@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     pretrained.revision = ""
 
     config.prompts = prompts = ConfigDict()
-    # imagenet_animals, common_animals, animal_activities, counting, or a UTF-8 file with one prompt a line.
+    # imagenet_animals, common_animals, animal_activities, counting, or a UTF-8 file with one prompt a line. A line of a
+    # .jsonl file is {"prompt": ...} with whatever a reward reads beside it, such as "questions" and "answers".
     prompts.name = "common_animals"
     # Prompts given here are taken instead of `name`.
     prompts.list = ()
@@ -155,8 +156,9 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # clip_score, jpeg_compressibility, jpeg_incompressibility, module:function or device:module:function of yours;
-    # several with commas between.
+    # clip_score, jpeg_compressibility, jpeg_incompressibility, vlm_judge (a vision-language model gives a number),
+    # vlm_questions (it is asked a prompt's own questions: the fraction of right answers), module:function or
+    # device:module:function of yours; several with commas between.
     reward.name = "jpeg_compressibility"
     # Weight of each; () is 1 for all. One of weight 0 is only watched: it is in the curves, and not in the reward.
     reward.weights = ()
@@ -174,10 +176,30 @@ def get_config() -> ConfigDict:
     reward.clip_model = ""
     # What clip_score compares a picture with: {} stands for the prompt, as in "a photo of a {}".
     reward.clip_template = "{}"
+    # A server of the OpenAI-compatible chat-completions protocol with a vision-language model, for the vlm_ rewards:
+    # http://localhost:8000/v1 after `vllm serve MODEL`, say. It answers greedily.
+    reward.vlm_url = ""
+    # The name that the server knows its model by.
+    reward.vlm_model = ""
+    # The name, not the value, of the environment variable with the server's key; none is sent if it is not set.
+    reward.vlm_key = "OPENAI_API_KEY"
+    # What vlm_judge asks of a picture: {prompt} stands for the prompt. How to end with a number is added to it.
+    reward.vlm_question = 'How well does this image show "{prompt}"? Consider everything that the text says.'
+    # Lowest and highest number that the judge may give; a picture with another, or with none, has no reward.
+    reward.vlm_range = (0.0, 10.0)
+    # Requests at a time, of each of num_workers threads. More keep a large server busy; too many run into vlm_timeout.
+    reward.vlm_concurrency = 32
+    # Seconds that a request may take, waiting in the server's queue included.
+    reward.vlm_timeout = 60.0
+    # Further tries of a request that failed on the way, or by the server's fault, each after a longer wait.
+    reward.vlm_retries = 3
+    # Tokens of an answer. A judge that reasons before its number needs more; cut off, it gives none.
+    reward.vlm_max_tokens = 128
     # Deals each round's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
     # of the evaluations stay the true ones.
     reward.shuffled = False
-    # Seconds that a chunk's scores may take on the host once its pictures are there.
+    # Seconds that a chunk's scores may take on the host once its pictures are there. The vlm_ rewards give up what has
+    # not come after 0.8 of them: it is missing.
     reward.deadline = 300.0
     # Threads that score on the host, one chunk each.
     reward.num_workers = 2

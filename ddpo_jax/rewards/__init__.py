@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import clip_score, jpeg
+from ddpo_jax.rewards import chat, clip_score, jpeg, vlm
 from ddpo_jax.rewards.kinds import Scores, on_device, on_host, take, texts
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
@@ -29,12 +29,39 @@ class Settings(NamedTuple):
     num_workers: int
     clip_model: str = ""
     clip_template: str = "{}"
+    vlm_url: str = ""
+    vlm_model: str = ""
+    vlm_key: str = ""
+    vlm_question: str = ""
+    vlm_range: tuple = (0.0, 10.0)
+    vlm_concurrency: int = 32
+    vlm_timeout: float = 60.0
+    vlm_retries: int = 3
+    vlm_max_tokens: int = 128
+
+
+def vlm_server(settings: Settings) -> chat.Settings:
+    """Where and how the vision-language model is asked. It has done before the deadline of `on_host` has passed."""
+    return chat.Settings(
+        url=settings.vlm_url,
+        model=settings.vlm_model,
+        key=settings.vlm_key,
+        concurrency=settings.vlm_concurrency,
+        timeout=settings.vlm_timeout,
+        retries=settings.vlm_retries,
+        max_tokens=settings.vlm_max_tokens,
+        deadline=0.8 * settings.deadline,
+    )
 
 
 # Scorers on the host, by what makes them: settings -> (fn, prepare), as `on_host` reads them
 HOST = {
     "jpeg_compressibility": lambda settings: (jpeg.jpeg_compressibility, texts),
     "jpeg_incompressibility": lambda settings: (jpeg.jpeg_incompressibility, texts),
+    "vlm_questions": lambda settings: vlm.make_questions(vlm_server(settings)),
+    "vlm_judge": lambda settings: vlm.make_judge(
+        vlm_server(settings), question=settings.vlm_question, bounds=settings.vlm_range
+    ),
 }
 
 # Scorers that JAX traces, by what makes them: settings, place -> (pure, prepare, params), as `on_device` reads them
