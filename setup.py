@@ -27,6 +27,7 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "huggingface_hub>=0.34",
+        "httpx>=0.27",
         "numpy>=2.0",
         "pillow>=10.1",  # the first whose built-in font has a size
         "rich>=13.7",

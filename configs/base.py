@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     pretrained.revision = ""
 
     config.prompts = prompts = ConfigDict()
-    # imagenet_animals, common_animals, animal_activities, counting, or a UTF-8 file with one prompt a line.
+    # imagenet_animals, common_animals, animal_activities, counting, or a UTF-8 file with one prompt a line. A line of a
+    # .jsonl file is {"prompt": ...} with whatever a reward reads beside it, such as "questions" and "answers".
     prompts.name = "common_animals"
     # Prompts given here are taken instead of `name`.
     prompts.list = ()
@@ -155,10 +156,12 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # clip_score, aesthetic_score, pickscore, hpsv2, sciscore, jpeg_compressibility, jpeg_incompressibility (of files;
-    # with _estimate of either at its end, of a smooth estimate on the device, which has a gradient), or yours:
-    # module:function, metadata:module:function, device:module:function, maker:module:function (the README has them).
-    # Several with commas between.
+    # On the device: clip_score, aesthetic_score, pickscore, hpsv2, sciscore, and jpeg_compressibility_estimate and
+    # jpeg_incompressibility_estimate, smooth estimates of the size of a JPEG. On the host: jpeg_compressibility and
+    # jpeg_incompressibility, of the file itself. By a vision-language model on a server: vlm_bertscore (what it sees,
+    # compared with the prompt), vlm_clip (the same, by a CLIP), vlm_questions (the prompt's own questions: the fraction
+    # of right answers), vlm_judge (it gives a number). Or yours: module:function, metadata:module:function,
+    # device:module:function, maker:module:function (the README has them). Several with commas between.
     reward.name = "jpeg_compressibility"
     # Weight of each; () is 1 for all. One of weight 0 is only watched: it is in the curves, and not in the reward.
     reward.weights = ()
@@ -185,10 +188,35 @@ def get_config() -> ConfigDict:
     reward.pickscore_model = ""
     reward.hpsv2_model = ""
     reward.sciscore_model = ""
+    # The encoder of vlm_bertscore: a folder or a hub id of a BERT, RoBERTa or DeBERTa (v1), such as
+    # "microsoft/deberta-xlarge-mnli"; and the layer whose states are compared: 0 is bert-score's own choice.
+    reward.bert_model = ""
+    reward.bert_layer = 0
+    # A server of the OpenAI-compatible chat-completions protocol with a vision-language model, for the vlm_ rewards:
+    # http://localhost:8000/v1 after `vllm serve MODEL`, say. It answers greedily.
+    reward.vlm_url = ""
+    # The name that the server knows its model by.
+    reward.vlm_model = ""
+    # The name, not the value, of the environment variable with the server's key; none is sent if it is not set.
+    reward.vlm_key = "OPENAI_API_KEY"
+    # What vlm_judge asks of a picture: {prompt} stands for the prompt. How to end with a number is added to it.
+    reward.vlm_question = 'How well does this image show "{prompt}"? Consider everything that the text says.'
+    # Lowest and highest number that the judge may give; a picture with another, or with none, has no reward.
+    reward.vlm_lowest = 0.0
+    reward.vlm_highest = 10.0
+    # Requests at a time, of each of num_workers threads. More keep a large server busy; too many run into vlm_timeout.
+    reward.vlm_concurrency = 32
+    # Seconds that a request may take, waiting in the server's queue included.
+    reward.vlm_timeout = 60.0
+    # Further tries of a request that failed on the way, or by the server's fault, each after a longer wait.
+    reward.vlm_retries = 3
+    # Tokens of an answer. A judge that reasons before its number needs more; cut off, it gives none.
+    reward.vlm_max_tokens = 128
     # Deals each round's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
     # of the evaluations stay the true ones.
     reward.shuffled = False
-    # Seconds that a chunk's scores may take on the host once its pictures are there.
+    # Seconds that a chunk's scores may take on the host once its pictures are there. The vlm_ rewards give up what has
+    # not come after 0.8 of them: it is missing.
     reward.deadline = 300.0
     # Threads that score on the host, one chunk each.
     reward.num_workers = 2

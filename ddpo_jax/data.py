@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +12,12 @@ from jaxtyping import Int, Int32
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.types import Prompts
+from ddpo_jax.words import plural
 
 PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
 # The range of the published counting runs (jannerm/ddpo, config llava_counting).
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
-# The common animals that make their plural in their own way.
-PLURALS = {
-    "sheep": "sheep", "deer": "deer", "fish": "fish", "mouse": "mice", "wolf": "wolves", "goose": "geese",
-}  # fmt: skip
 
 
 class PromptSet(NamedTuple):
@@ -32,8 +30,12 @@ class PromptSet(NamedTuple):
 def prompt_source(name: str, texts: Sequence[Any] = ()) -> PromptSet:
     """The prompts of `texts` if there are any, else of a built-in set or a UTF-8 file with one prompt a line.
 
+    A line of a .jsonl file is an object with the text as "prompt"; what else is in it is the prompt's metadata, such as
+    the lists "questions" and "answers" for the reward vlm_questions.
+
     Raises:
-        UserError: there is no such set or file, or it holds no prompt, or it is not UTF-8.
+        UserError: there is no such set or file, or it holds no prompt, or it is not UTF-8; a line of a .jsonl file is
+            something else.
     """
     if texts:
         return _from_texts(texts, "prompts.list")
@@ -52,6 +54,8 @@ def prompt_source(name: str, texts: Sequence[Any] = ()) -> PromptSet:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"prompts.name={name!r}: line {line} is not UTF-8; convert the file to UTF-8") from None
+    if name.endswith(".jsonl"):
+        return _from_json(lines, f"prompts.name={name!r}")
     return _from_texts([line for line in lines if line.strip()], f"prompts.name={name!r}")
 
 
@@ -100,15 +104,6 @@ def at(prompts: PromptSet, tokens: Int32[np.ndarray, "n s"], ids: Int[np.ndarray
 def with_article(animal: str) -> str:
     """One of the 45 common animals with its article, by its first letter: none of them needs more."""
     return f"{'an' if animal[0] in 'aeiou' else 'a'} {animal}"
-
-
-def plural(animal: str) -> str:
-    """The plural of one of the 45 common animals."""
-    if animal in PLURALS:
-        return PLURALS[animal]
-    if animal.endswith("y") and animal[-2] not in "aeiou":
-        return animal[:-1] + "ies"
-    return animal + ("es" if animal.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def _lines(name: str) -> list[str]:
@@ -163,6 +158,35 @@ def _from_texts(texts: Sequence[Any], origin: str) -> PromptSet:
     if not distinct:
         raise UserError(f"{origin}: no prompt in it; expected one a line")
     return PromptSet(distinct, ({},) * len(distinct))
+
+
+def _from_json(lines: Sequence[str], origin: str) -> PromptSet:
+    known: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        here = f"{origin}: line {number}"
+        try:
+            metadata = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{here} is not JSON ({error}); expected an object with a prompt") from None
+        text = metadata.pop("prompt", None) if isinstance(metadata, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f'{here}: expected an object with a prompt, such as {{"prompt": "two mice"}}')
+        _check_questions(metadata, here)
+        if known.setdefault(text.strip(), metadata) != metadata:
+            raise UserError(f"{here}: the prompt {text.strip()!r} comes a second time, with something else beside it")
+    if not known:
+        raise UserError(f"{origin}: no prompt in it; expected one a line")
+    return PromptSet(tuple(known), tuple(known.values()))
+
+
+def _check_questions(metadata: Mapping[str, Any], here: str) -> None:
+    """An error now, not in the round that first draws the prompt; what else they must be is for the reward to say."""
+    if {"questions", "answers"} & metadata.keys():
+        questions, answers = metadata.get("questions"), metadata.get("answers")
+        if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
+            raise UserError(f"{here}: expected the lists questions and answers, one answer for each question")
 
 
 def _choose(prompts: PromptSet, ids: Int[np.ndarray, " b"]) -> PromptSet:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import aesthetic, clip_score, jpeg, jpeg_estimate
+from ddpo_jax.rewards import aesthetic, bert_score, chat, clip, clip_score, jpeg, jpeg_estimate, vlm
 from ddpo_jax.rewards.kinds import Scores, nothing, on_device, on_host, take, texts
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
@@ -34,12 +34,50 @@ class Settings(NamedTuple):
     pickscore_model: str = ""
     hpsv2_model: str = ""
     sciscore_model: str = ""
+    bert_model: str = ""
+    bert_layer: int = 0
+    vlm_url: str = ""
+    vlm_model: str = ""
+    vlm_key: str = "OPENAI_API_KEY"
+    vlm_question: str = vlm.QUESTION
+    vlm_lowest: float = 0.0
+    vlm_highest: float = 10.0
+    vlm_concurrency: int = 32
+    vlm_timeout: float = 60.0
+    vlm_retries: int = 3
+    vlm_max_tokens: int = 128
+
+
+def vlm_server(settings: Settings) -> chat.Settings:
+    """Where and how the vision-language model is asked. It has done before the deadline of `on_host` has passed."""
+    return chat.Settings(
+        url=settings.vlm_url,
+        model=settings.vlm_model,
+        key=settings.vlm_key,
+        concurrency=settings.vlm_concurrency,
+        timeout=settings.vlm_timeout,
+        retries=settings.vlm_retries,
+        max_tokens=settings.vlm_max_tokens,
+        deadline=0.8 * settings.deadline,
+    )
 
 
 # Scorers on the host, by what makes them: settings -> (fn, prepare), as `on_host` reads them
 HOST = {
     "jpeg_compressibility": lambda settings: (jpeg.jpeg_compressibility, texts),
     "jpeg_incompressibility": lambda settings: (jpeg.jpeg_incompressibility, texts),
+    "vlm_questions": lambda settings: vlm.make_questions(vlm_server(settings)),
+    "vlm_judge": lambda settings: vlm.make_judge(
+        vlm_server(settings), question=settings.vlm_question, low=settings.vlm_lowest, high=settings.vlm_highest
+    ),
+    "vlm_bertscore": lambda settings: vlm.make_captioned(
+        vlm_server(settings),
+        lambda: bert_score.recall(bert_score.load(settings.bert_model, layer=settings.bert_layer)),
+        reference=vlm.REFERENCE,
+    ),
+    "vlm_clip": lambda settings: vlm.make_captioned(
+        vlm_server(settings), lambda: clip.text_similarity(clip.load(settings.clip_model)), reference="{prompt}"
+    ),
 }
 
 # Scorers that JAX traces, by what makes them: settings, place -> (pure, prepare, params), as `on_device` reads them

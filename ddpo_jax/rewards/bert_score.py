@@ -119,6 +119,11 @@ def score(bert: LoadedBERT, candidates: Sequence[str], references: Sequence[str]
     return Scores(*found)
 
 
+def recall(bert: LoadedBERT) -> Callable[[Sequence[str], Sequence[str]], Float32[np.ndarray, " n"]]:
+    """A function of candidates and references: how much of each reference its candidate says."""
+    return lambda candidates, references: score(bert, candidates, references).recall
+
+
 def match(
     candidate: Float[Array, "b c d"], reference: Float[Array, "b r d"], *, candidates: Texts, references: Texts
 ) -> Scores:

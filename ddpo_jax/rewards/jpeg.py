@@ -10,14 +10,23 @@ from jaxtyping import Float
 from PIL import Image
 
 
+def encode(picture: Float[np.ndarray, "H W 3"], *, quality: int) -> bytes:
+    """The picture as a JPEG file.
+
+    Pixels in [0, 1] are rounded to 8 bits, as in ddpo-pytorch; the original ddpo truncates them.
+    """
+    file = io.BytesIO()
+    pixels = np.round(picture * 255).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
+    return file.getvalue()
+
+
 def jpeg_kilobytes(images: Float[np.ndarray, "b H W 3"], *, quality: int = 95) -> Float[np.ndarray, " b"]:
     """Sizes of the pictures as JPEG files, in kilobytes of 1000 bytes.
 
-    Pixels in [0, 1] are rounded to 8 bits, as in ddpo-pytorch; the original ddpo truncates them.
-    Quality 95 is that of both. Sizes compare only at one resolution.
+    Quality 95 is that of ddpo-pytorch and of the original ddpo. Sizes compare only at one resolution.
     """
-    pixels = np.round(images * 255).clip(0, 255).astype(np.uint8)
-    return np.array([_num_bytes(picture, quality) / 1000 for picture in pixels])
+    return np.array([len(encode(picture, quality=quality)) / 1000 for picture in images])
 
 
 def jpeg_incompressibility(images: Float[np.ndarray, "b H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " b"]:
@@ -34,9 +43,3 @@ def jpeg_compressibility(images: Float[np.ndarray, "b H W 3"], prompts: Sequence
     Black et al. 2023 (DDPO), section 5.1.
     """
     return -jpeg_kilobytes(images)
-
-
-def _num_bytes(picture: np.ndarray, quality: int) -> int:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="JPEG", quality=quality)
-    return file.tell()
