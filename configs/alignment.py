@@ -6,8 +6,8 @@ python -m ddpo_jax.main --config=configs/alignment.py --config.pretrained.model=
 python -m ddpo_jax.main --config=configs/alignment.py:lora ... the same
 
 The model says what it sees in a picture, and BERTScore's recall compares that with the prompt. `counting` asks for
-numbers of animals instead, and the model how many it sees, and of what (Sec. 6.4, App. E). What differs from
-compressibility.py is as in jannerm/ddpo (llava_bertscore, llava_counting), for `lora` as in kvablack/ddpo-pytorch
+numbers of animals instead, and the model how many it sees, and of what. What differs from compressibility.py is as in
+jannerm/ddpo (llava_bertscore; llava_counting, of fewer animals), for `lora` as in kvablack/ddpo-pytorch
 (config/dgx.py).
 """
 

@@ -115,7 +115,7 @@ def test_scores_from_8_bits_on_and_of_floats(folders, shape):
     with torch.no_grad():
         expected = SCORES["hpsv2"](*theirs(folder, images)).numpy()
     found = scores_of("hpsv2", images, hpsv2_model=str(folder))
-    np.testing.assert_allclose(found, expected, atol=1e-2)  # of a cosine; measured: 5e-4
+    np.testing.assert_allclose(found, expected, atol=1e-2)  # of a cosine; measured: 1.4e-4
     floats = scores_of("hpsv2", images.astype(np.float32) / 255, hpsv2_model=str(folder))
     np.testing.assert_allclose(floats, found, rtol=1e-5)
 
