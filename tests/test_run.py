@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import scorers
-from small_run import SMALL
+from small_run import SMALL, equal
 
 from ddpo_jax import metrics
 from ddpo_jax.errors import Preempted
@@ -163,6 +163,27 @@ def test_a_finished_run_goes_on_when_it_may_last_longer(finished, small_folder, 
     assert last_checkpoint(finished)[0] == NUM_EPOCHS + 1
     *_, last_line = capsys.readouterr().out.splitlines()
     assert all(part in last_line for part in (" s in all: ", "update ", "evaluations ", "compiling was "))
+
+
+def test_standardised_experts_go_on_as_if_nothing_had_been(small_folder, tmp_path):
+    """Their running statistics are in the checkpoints; what evaluations are measured by is in evaluations.jsonl."""
+    experts = {
+        "reward.name": "scorers:brightness,device:scorers:redness",
+        "reward.standardise": True,
+        "reward.combine": "minimum",
+        "reward.gates": "('scorers:brightness>=0.1',)",
+        "eval_every": 1,
+    }
+    for name, rounds in (("straight", (2,)), ("in two", (1, 2))):
+        for num_epochs in rounds:
+            assert main(flags(small_folder, tmp_path / name, num_epochs=num_epochs, **experts)) == 0
+    straight, continued = tmp_path / "straight", tmp_path / "in two"
+    assert rows_without_times(straight) == rows_without_times(continued)
+    rows = [metrics.read(folder / "evaluations.jsonl") for folder in (straight, continued)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert equal(last_checkpoint(straight)[1], last_checkpoint(continued)[1])
+    page = (straight / "report.html").read_text().replace("<wbr>", "")
+    assert "min(z(scorers:brightness), z(device:scorers:redness)), gated by scorers:brightness&gt;=0.1" in page
 
 
 def test_another_config_is_refused(finished, small_folder, capsys):
