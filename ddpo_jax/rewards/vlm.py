@@ -26,8 +26,9 @@ CAPTION = "Answer concisely: what is going on in this image?"
 QUESTION = 'How well does this image show "{prompt}"? Consider everything that the text says.'
 REFERENCE = "The image contains {prompt}"
 JPEG_QUALITY = 80  # as published
+LONGEST_SCORE = 100  # characters of a line with one
 
-NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 SCORE = re.compile(rf"(?:score\s*[:=]\s*)?(?P<score>{NUMBER})(?:\s*/\s*(?P<most>{NUMBER}))?\.?", re.IGNORECASE)
 
 
@@ -137,6 +138,8 @@ def encode(picture: Float[np.ndarray, "H W 3"]) -> bytes:
 def parse_score(line: str, high: float) -> float | None:
     """The number that a line is: 7, **7**, Score: 7, 7/10 (of the highest) or {"score": 7}; None for anything else."""
     line = re.sub(r"[*`]", "", line).strip()
+    if len(line) > LONGEST_SCORE:
+        return None
     match = SCORE.fullmatch(line)
     if match:
         return float(match["score"]) if match["most"] is None or float(match["most"]) == high else None
