@@ -24,7 +24,7 @@ from test_run import flags
 from ddpo_jax import data, metrics, rewards, words
 from ddpo_jax.errors import UserError
 from ddpo_jax.main import main
-from ddpo_jax.rewards import bert_score, chat, vlm
+from ddpo_jax.rewards import chat, vlm
 from ddpo_jax.rewards.chat import Message, Reply
 from ddpo_jax.types import Prompts
 
@@ -412,17 +412,18 @@ def test_captions_come_through_a_host_reward():
     np.testing.assert_array_equal(scores, [[1], [0]])
 
 
-def test_a_caption_is_compared_by_bertscore(tmp_path):
-    bert = bert_score.load(str(write_encoder(tmp_path, "bert")), layer=2)
-
-    def recall(candidates, references):
-        return bert_score.score(bert, candidates, references).recall
-
-    with serving(well(lambda request: "The image contains a red fox")) as server:
-        fn, prepare = vlm.make_captioned(settings_for(server.url), recall, reference=vlm.REFERENCE)
-        reward = rewards.on_host("vlm_bertscore", fn, prepare=prepare, deadline=30.0, num_workers=1)
-        scores = reward.result(reward.submit((), make_images(2), make_prompts(["a red fox", "two whales"])))
-    assert scores[0] == pytest.approx(1, abs=1e-5) and scores[1] < 0.999
+@pytest.mark.parametrize("name", ["vlm_bertscore", "vlm_clip"])
+def test_a_caption_is_compared_by_name(tmp_path, name):
+    encoder = str(write_encoder(tmp_path, "bert"))
+    said = {"vlm_bertscore": "The image contains a red fox", "vlm_clip": "a red fox"}[name]
+    with serving(well(lambda request: said)) as server:
+        settings = rewards.Settings(
+            *(30.0, 1), clip_model="tiny", bert_model=encoder, bert_layer=2, vlm_url=server.url, vlm_model="seer"
+        )
+        reward, params = rewards.make(name, settings)
+        scores = reward.result(reward.submit(params, make_images(2), make_prompts(["a red fox", "two whales"])))
+    whole = {"vlm_bertscore": 1, "vlm_clip": 100}[name]
+    assert scores[0] == pytest.approx(whole, rel=1e-5) and scores[1] < 0.999 * whole
 
 
 COUNTING = {"questions": ("How many mice?", "What animal?"), "answers": ("two", ("mouse", "rat"))}
