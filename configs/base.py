@@ -155,9 +155,9 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # clip_score, aesthetic_score, pickscore, hpsv2, sciscore, jpeg_compressibility, jpeg_incompressibility, or yours:
-    # module:function, metadata:module:function, device:module:function, maker:module:function (the README has them).
-    # Several with commas between.
+    # clip_score, aesthetic_score, pickscore, hpsv2, sciscore, image_reward, jpeg_compressibility,
+    # jpeg_incompressibility, or yours: module:function, metadata:module:function, device:module:function,
+    # maker:module:function (the README has them). Several with commas between.
     reward.name = "jpeg_compressibility"
     # Weight of each; () is 1 for all. One of weight 0 is only watched: it is in the curves, and not in the reward.
     reward.weights = ()
@@ -184,6 +184,10 @@ def get_config() -> ConfigDict:
     reward.pickscore_model = ""
     reward.hpsv2_model = ""
     reward.sciscore_model = ""
+    # Of image_reward: a folder or hub id with ImageReward.pt (only plain tensors are read) and med_config.json, such as
+    # "zai-org/ImageReward", and one with BERT's tokenizer, "google-bert/bert-base-uncased"; "": it lies in the former.
+    reward.imagereward_model = ""
+    reward.imagereward_tokenizer = ""
     # Deals each round's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
     # of the evaluations stay the true ones.
     reward.shuffled = False

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import aesthetic, clip_score, jpeg
+from ddpo_jax.rewards import aesthetic, clip_score, image_reward, jpeg
 from ddpo_jax.rewards.kinds import Scores, on_device, on_host, take, texts
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
@@ -34,6 +34,8 @@ class Settings(NamedTuple):
     pickscore_model: str = ""
     hpsv2_model: str = ""
     sciscore_model: str = ""
+    imagereward_model: str = ""
+    imagereward_tokenizer: str = ""
 
 
 # Scorers on the host, by what makes them: settings -> (fn, prepare), as `on_host` reads them
@@ -51,6 +53,9 @@ DEVICE = {
     "pickscore": lambda settings, place: clip_score.make_pickscore(settings.pickscore_model, place=place),
     "hpsv2": lambda settings, place: clip_score.make_hpsv2(settings.hpsv2_model, place=place),
     "sciscore": lambda settings, place: clip_score.make_sciscore(settings.sciscore_model, place=place),
+    "image_reward": lambda settings, place: image_reward.make(
+        settings.imagereward_model, settings.imagereward_tokenizer, place=place
+    ),
 }
 
 
