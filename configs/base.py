@@ -156,12 +156,13 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # On the device: clip_score, aesthetic_score, pickscore, hpsv2, sciscore, and jpeg_compressibility_estimate and
-    # jpeg_incompressibility_estimate, smooth estimates of the size of a JPEG. On the host: jpeg_compressibility and
-    # jpeg_incompressibility, of the file itself. By a vision-language model on a server: vlm_bertscore (what it sees,
-    # compared with the prompt), vlm_clip (the same, by a CLIP), vlm_questions (the prompt's own questions: the fraction
-    # of right answers), vlm_judge (it gives a number). Or yours: module:function, metadata:module:function,
-    # device:module:function, maker:module:function (the README has them). Several with commas between.
+    # On the device: clip_score, aesthetic_score, pickscore, hpsv2, sciscore, image_reward, and
+    # jpeg_compressibility_estimate and jpeg_incompressibility_estimate, smooth estimates of the size of a JPEG. On the
+    # host: jpeg_compressibility and jpeg_incompressibility, of the file itself. By a vision-language model on a server:
+    # vlm_bertscore (what it sees, compared with the prompt), vlm_clip (the same, by a CLIP), vlm_questions (the
+    # prompt's own questions: the fraction of right answers), vlm_judge (it gives a number). Or yours: module:function,
+    # metadata:module:function, device:module:function, maker:module:function (the README has them). Several with commas
+    # between.
     reward.name = "jpeg_compressibility"
     # Weight of each; () is 1 for all. One of weight 0 is only watched: it is in the curves, and not in the reward.
     reward.weights = ()
@@ -188,6 +189,10 @@ def get_config() -> ConfigDict:
     reward.pickscore_model = ""
     reward.hpsv2_model = ""
     reward.sciscore_model = ""
+    # Of image_reward: a folder or hub id with ImageReward.pt (only plain tensors are read) and med_config.json, such as
+    # "zai-org/ImageReward", and one with BERT's tokenizer, "google-bert/bert-base-uncased"; "": it lies in the former.
+    reward.imagereward_model = ""
+    reward.imagereward_tokenizer = ""
     # The encoder of vlm_bertscore: a folder or a hub id of a BERT, RoBERTa or DeBERTa (v1), such as
     # "microsoft/deberta-xlarge-mnli"; and the layer whose states are compared: 0 is bert-score's own choice.
     reward.bert_model = ""

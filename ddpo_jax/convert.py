@@ -14,7 +14,7 @@ from ddpo_jax.types import PyTree
 
 # Torch containers that number their children: `resnets.0` there is `resnets_0` here.
 NUMBERED = re.compile(
-    r"\b(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|layers?|to_out|net)_(\d+)\b"
+    r"\b(down_blocks|up_blocks|resnets|attentions|transformer_blocks|blocks|downsamplers|upsamplers|layers?|to_out|net)_(\d+)\b"
 )
 
 # Names that older checkpoints use, rewritten before anything else reads them.
@@ -54,6 +54,8 @@ LEAVES = {
     ("scale", 1): Leaf("weight", _same, _same),
     ("embedding", 2): Leaf("weight", _same, _same),
     ("bias", 1): Leaf("bias", _same, _same),
+    ("cls_token", 3): Leaf("cls_token", _same, _same),  # these two: BLIP's
+    ("pos_embed", 3): Leaf("pos_embed", _same, _same),
     ("class_embedding", 1): Leaf("class_embedding", _same, _same),
     ("logit_scale", 0): Leaf("logit_scale", _same, _same),
     ("q_bias", 1): Leaf("q_bias", _same, _same),  # DeBERTa's, beside a projection without

@@ -1,4 +1,7 @@
-"""BERT and RoBERTa encoders (Devlin et al. 2019; Liu et al. 2019), named as transformers names them."""
+"""BERT and RoBERTa encoders (Devlin et al. 2019; Liu et al. 2019), named as transformers names them.
+
+They compute in what their weights are in.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class BERTConfig(NamedTuple):
     num_layers: int  # of the whole encoder; less may be built
     vocab_size: int
     num_positions: int  # rows of the table of positions
-    num_types: int  # rows of the table of segments, of which the first is used
+    num_types: int  # rows of the table of segments, of which the first is used; 0: there is no table
     pad_token_id: int | None  # RoBERTa's, after which it counts positions; None: BERT counts from 0
 
     @property
@@ -104,20 +107,25 @@ class Embeddings(nn.Module):
         config, width = self.config, self.config.layer.width
         positions = positions_of(tokens, config.pad_token_id)
         x = nn.Embed(config.vocab_size, width, name="word_embeddings")(tokens)
-        x = x + nn.Embed(config.num_types, width, name="token_type_embeddings")(jnp.zeros_like(tokens))
+        if config.num_types:
+            x = x + nn.Embed(config.num_types, width, name="token_type_embeddings")(jnp.zeros_like(tokens))
         x = x + nn.Embed(config.num_positions, width, name="position_embeddings")(positions)
-        return layer_norm(config.layer.epsilon, jnp.float32, "LayerNorm")(x)
+        return layer_norm(config.layer.epsilon, None, "LayerNorm")(x)
 
 
 class SelfAttention(nn.Module):
-    """Attention of every token to those that are not padding."""
+    """Attention of every token to those that are not padding, or to all of a context."""
 
     num_heads: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
-        query, key, value = (nn.Dense(x.shape[-1], name=name)(x) for name in ("query", "key", "value"))
-        return attend(query, key, value, num_heads=self.num_heads, mask=mask[:, None, None, :])
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None, context: Float[Array, "b k c"] | None = None
+    ) -> Float[Array, "b s d"]:
+        query = nn.Dense(x.shape[-1], name="query")(x)
+        key, value = (nn.Dense(x.shape[-1], name=name)(x if context is None else context) for name in ("key", "value"))
+        mask = None if mask is None else mask[:, None, None, :]
+        return attend(query, key, value, num_heads=self.num_heads, mask=mask)
 
 
 class Residual(nn.Module):
@@ -127,7 +135,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "b s e"], x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return layer_norm(self.epsilon, jnp.float32, "LayerNorm")(x + nn.Dense(x.shape[-1], name="dense")(hidden))
+        return layer_norm(self.epsilon, None, "LayerNorm")(x + nn.Dense(x.shape[-1], name="dense")(hidden))
 
 
 class Widen(nn.Module):
@@ -152,14 +160,18 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A transformer layer that normalises after each residual. attend: as Attention's."""
+    """A transformer layer that normalises after each residual. attend: as Attention's; a context goes to it too."""
 
     config: LayerConfig
     attend: Callable
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], *rest: Array | None) -> Float[Array, "b s d"]:
+    def __call__(
+        self, x: Float[Array, "b s d"], *rest: Array | None, context: Float[Array, "b k c"] | None = None
+    ) -> Float[Array, "b s d"]:
         x = Attention(self.config.epsilon, self.attend, name="attention")(x, *rest)
+        if context is not None:
+            x = Attention(self.config.epsilon, self.attend, name="crossattention")(x, None, context)
         return Residual(self.config.epsilon, name="output")(Widen(self.config.mlp_width, name="intermediate")(x), x)
 
 
@@ -168,25 +180,30 @@ class Encoder(nn.Module):
     num_layers: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], context: Float[Array, "b k c"] | None = None
+    ) -> Float[Array, "b s d"]:
         def make_attention(name: str) -> SelfAttention:
             return SelfAttention(self.config.num_heads, name=name)
 
         for i in range(self.num_layers):
-            x = Layer(self.config, make_attention, name=f"layer_{i}")(x, mask)
+            x = Layer(self.config, make_attention, name=f"layer_{i}")(x, mask, context=context)
         return x
 
 
 class BERTModel(nn.Module):
-    """The hidden states after the first `num_layers` layers of BERT or RoBERTa, in float32; the others are not built.
+    """The hidden states after the first `num_layers` layers of BERT or RoBERTa; the others are not built.
 
-    mask: which tokens are not padding. The states of padding mean nothing.
+    mask: which tokens are not padding. The states of padding mean nothing.  context: what every layer attends to
+    besides, as in BLIP's text encoder; the layers of BERT itself have no such part.
     """
 
     config: BERTConfig
     num_layers: int
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
+    def __call__(
+        self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"], context: Float[Array, "b k c"] | None = None
+    ) -> Float[Array, "b s d"]:
         x = Embeddings(self.config, name="embeddings")(tokens)
-        return Encoder(self.config.layer, self.num_layers, name="encoder")(x, mask)
+        return Encoder(self.config.layer, self.num_layers, name="encoder")(x, mask, context)

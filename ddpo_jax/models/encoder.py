@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,7 +141,8 @@ def load_text_tokenizer(encoder: Encoder) -> TextTokenizer:
     """
     own_fields = encoder.folder / "tokenizer_config.json"
     fields = read_json(own_fields) if own_fields.is_file() else {}
-    tokenizer = _open_tokenizer(encoder, fields)
+    name = fields.get("tokenizer_class") or encoder.tokenizer
+    tokenizer = open_tokenizer(encoder.folder, name, encoder.config.vocab_size)
     longest, own = encoder.config.max_length, tokenizer.model_max_length
     length = min(int(own), longest) if 0 < own <= LONGEST else longest
     # Transformers 5 takes no add_prefix_space in a call, and passes over bert-score's without a word.
@@ -157,10 +158,12 @@ def load_text_tokenizer(encoder: Encoder) -> TextTokenizer:
     return TextTokenizer(tokenize, ends, length)
 
 
-def _open_tokenizer(encoder: Encoder, fields: Mapping[str, Any]) -> TokenizersBackend:
-    """fields: of its tokenizer_config.json."""
-    folder, vocab_size = encoder.folder, encoder.config.vocab_size
-    name = fields.get("tokenizer_class") or encoder.tokenizer
+def open_tokenizer(folder: Path, name: str, vocab_size: int, *, config: str = "config.json") -> TokenizersBackend:
+    """The tokenizer of a folder. name: of its class.  config: the file that says vocab_size, for errors.
+
+    Raises:
+        UserError: its files are missing, broken or another model's.
+    """
     known = str(name).removesuffix("Fast")
     if known not in TOKENIZERS:
         raise UserError(f"{folder}: tokenizer_class {name!r} is not supported; expected one of {', '.join(TOKENIZERS)}")
@@ -172,7 +175,7 @@ def _open_tokenizer(encoder: Encoder, fields: Mapping[str, Any]) -> TokenizersBa
         raise UserError(f"{folder}: not a {known} ({reason}); copy the tokenizer's files anew") from error
     if not FEWEST * vocab_size <= len(tokenizer) <= vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, but config.json reads vocab_size={vocab_size};"
+            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, but {config} reads vocab_size={vocab_size};"
             " copy the tokenizer's files anew"
         )
     return tokenizer

@@ -57,7 +57,7 @@ def _attention_float64(
     key: Float[Array, "b k n e"],
     value: Float[Array, "b k n e"],
     *,
-    mask: Bool[Array, "1 1 q k"] | None,
+    mask: Bool[Array, "#b 1 #q k"] | None,
 ) -> Float[Array, "b q n e"]:
     """The same; jax.nn.dot_product_attention rounds its softmax to float32 whatever it is given."""
     products = jnp.einsum("bqne,bkne->bnqk", query, key) / query.shape[-1] ** 0.5

@@ -10,6 +10,8 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.models.folder import ASSETS, PICKLES, STEMS, missing, stored_as
 
 TORCH_FILE = "pytorch_model.bin"  # of which plain tensors are read by torch_file, where there are no safetensors
+REWARD_FILES = ("image_reward.safetensors", "model.safetensors", "ImageReward.pt")  # the last: as published
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 TINY, TINY_CLIP = ASSETS / "tiny-sd", ASSETS / "tiny-clip"
 
 
@@ -55,6 +57,18 @@ def encoder_files(names: Sequence[str] | None) -> tuple[str, ...]:
     if names is not None and TORCH_FILE in names and not stored_as(names, "model", ""):
         return ("*.json", "merges.txt", "vocab.txt", TORCH_FILE)
     return (*clip_files(names), "vocab.txt")
+
+
+def image_reward_files(names: Sequence[str] | None) -> tuple[str, ...]:
+    """What is asked of the hub for ImageReward: its own file where it has no safetensors.
+
+    Raises:
+        UserError: it has neither.
+    """
+    stored = REWARD_FILES if names is None else tuple(name for name in REWARD_FILES if name in names)[:1]
+    if not stored:
+        raise UserError(f"expected one of {', '.join(REWARD_FILES)}; this is no ImageReward")
+    return (*TOKENIZER_FILES, "med_config.json", *stored)
 
 
 def locate_pipeline(source: str, *, variant: str, revision: str) -> Path:

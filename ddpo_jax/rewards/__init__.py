@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import aesthetic, bert_score, chat, clip, clip_score, jpeg, jpeg_estimate, vlm
+from ddpo_jax.rewards import aesthetic, bert_score, chat, clip, clip_score, image_reward, jpeg, jpeg_estimate, vlm
 from ddpo_jax.rewards.kinds import Scores, nothing, on_device, on_host, take, texts
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
@@ -34,6 +34,8 @@ class Settings(NamedTuple):
     pickscore_model: str = ""
     hpsv2_model: str = ""
     sciscore_model: str = ""
+    imagereward_model: str = ""
+    imagereward_tokenizer: str = ""
     bert_model: str = ""
     bert_layer: int = 0
     vlm_url: str = ""
@@ -91,6 +93,9 @@ DEVICE = {
     "jpeg_compressibility_estimate": lambda settings, place: (jpeg_estimate.pure_compressibility, nothing, ()),
     "jpeg_incompressibility_estimate": lambda settings, place: (jpeg_estimate.pure_incompressibility, nothing, ()),
     "sciscore": lambda settings, place: clip_score.make_sciscore(settings.sciscore_model, place=place),
+    "image_reward": lambda settings, place: image_reward.make(
+        settings.imagereward_model, settings.imagereward_tokenizer, place=place
+    ),
 }
 
 
