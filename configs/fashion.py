@@ -27,6 +27,4 @@ def get_config() -> ConfigDict:
     config.reward.name = ",".join(REWARDS)
     config.reward.standardise = True
     config.reward.clip_model = "openai/clip-vit-large-patch14"
-    # Without a hue that is known there is nothing to say of compatibility.
-    config.reward.max_missing = 0.2
     return config

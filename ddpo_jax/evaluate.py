@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
     images: Float32[np.ndarray, "b H W 3"]
     rewards: Float32[np.ndarray, " b"]  # NaN where missing
     report: dict[str, float | int]
-    scale: Scale  # of the experts' scores
+    scale: Scale  # that they were measured by
 
 
 def evaluate(
@@ -31,16 +31,16 @@ def evaluate(
     *,
     key_data: Any,
     combination: Combination,
-    scale: Scale | None,
+    scale: Scale,
 ) -> Evaluation:
     """The pictures of `trainable` at these prompts, with the same noise whenever it is called in a run.
 
-    scale: what standardised experts are measured by; None: by these very pictures.
+    scale: what standardised experts are measured by; these very pictures where it is NaN.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), KEY_INDEX)
     images, scores, _ = scored_rollouts(
         parts, trainable, frozen, prompts, key, keep=lambda cond, trajectory, images: multihost.to_host(images)
     )
-    own = experts.scale_of(scores)
-    rewards = combination.judge(scores, own if scale is None else scale)
-    return Evaluation(images, rewards, experts.report(parts.reward.names, scores, rewards), own)
+    scale = experts.first_known(scale, experts.scale_of(scores))
+    rewards = combination.judge(scores, scale)
+    return Evaluation(images, rewards, experts.report(parts.reward.names, scores, rewards), scale)

@@ -15,7 +15,9 @@ from jaxtyping import Float, Float32, Int
 
 from ddpo_jax.errors import RunStopped, UserError
 
-GATE = re.compile(r"\s*(?P<name>.+?)\s*(?P<sign>>=|<=)\s*(?P<limit>[-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+GATE = re.compile(rf"\s*(?P<name>.+?)\s*(?P<sign>>=|<=)\s*(?P<limit>{NUMBER})\s*", re.IGNORECASE)
+CONSTANT = 1e-6  # of its mean: an expert whose deviation is no more has given one number, but for rounding
 SIGNS = {">=": operator.ge, "<=": operator.le}
 
 
@@ -62,8 +64,9 @@ def raw(reduce: Callable) -> Combination:
 def standardised(reduce: Callable, *, num_experts: int) -> Combination:
     """Each expert's scores in standard deviations over all that it has given in this run, this round's among them.
 
-    z_k = (s_k - mean_k) / (std_k + 1e-8), by the running moments of Chan et al. 1983. `judge` takes the scale it is
-    given instead, that of the run's first evaluation, so that what evaluations say can be compared.
+    z_k = (s_k - mean_k) / std_k, by the running moments of Chan et al. 1983; not divided while an expert has only given
+    one number, but for rounding. `judge` takes the scale it is given instead, that of the run's first evaluation, so
+    that what evaluations say can be compared.
     """
 
     def init() -> Moments:
@@ -76,7 +79,8 @@ def standardised(reduce: Callable, *, num_experts: int) -> Combination:
         return judge(scores, Scale(carry.mean, std)), carry
 
     def judge(scores: Float[np.ndarray, "b experts"], scale: Scale) -> Float32[np.ndarray, " b"]:
-        return reduce((scores.astype(np.float64) - scale.mean) / (scale.std + 1e-8), scores)
+        varies = scale.std > CONSTANT * np.abs(scale.mean)
+        return reduce((scores.astype(np.float64) - scale.mean) / np.where(varies, scale.std, 1.0), scores)
 
     return Combination(init, update, judge)
 
@@ -156,19 +160,21 @@ def check_missing(
     max_missing: float,
     names: Sequence[str],
     why: str = "",
+    count: int | None = None,
 ) -> None:
     """Stops the run when too many samples have no reward.
 
     max_missing: the fraction of the batch that may be missing, from 0 (none) to 1 (all).
     why: what the scorers say of the last one that is missing.
+    count: samples of the whole batch, where these are only the first of it.
 
     Raises: RunStopped above it, with the number each expert lacks.
     """
-    missing = ~np.isfinite(rewards)
-    if missing.mean() > max_missing:
+    missing, count = ~np.isfinite(rewards), len(rewards) if count is None else count
+    if missing.sum() > max_missing * count:
         lacking = [f"{name} {n}" for name, n in zip(names, np.isnan(scores).sum(axis=0), strict=True)]
         raise RunStopped(
-            f"{missing.sum()} of {len(missing)} rewards are missing ({missing.mean():.1%}; reward.max_missing allows "
+            f"{missing.sum()} of {count} rewards are missing ({missing.sum() / count:.1%}; reward.max_missing allows "
             f"{max_missing:.1%}): {', '.join(lacking)}. "
             + (f"The last: {why}" if why else "A reward is missing if its picture or its score is not finite.")
         )
@@ -189,10 +195,19 @@ def report(
     return told
 
 
-def scale_told(names: Sequence[str], row: Mapping[str, Any]) -> Scale:
-    """The Scale of the scores that `report` told of, back from JSON."""
-    columns = [[row.get(f"reward/{name}{end}") for name in names] for end in ("", "/std")]
-    return Scale(*(np.array(column, np.float32) for column in columns))
+def first_known(scale: Scale, later: Scale) -> Scale:
+    """Of each expert the first of the two that has one."""
+    known = np.isfinite(scale.mean)
+    return Scale(np.where(known, scale.mean, later.mean), np.where(known, scale.std, later.std))
+
+
+def scale_told(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Scale:
+    """Of each expert the first Scale that `report` told of, back from JSON; NaN if it never had scores."""
+    scale = Scale(*np.full((2, len(names)), np.nan, np.float32))
+    for row in rows:
+        columns = [[row.get(f"reward/{name}{end}") for name in names] for end in ("", "/std")]
+        scale = first_known(scale, Scale(*(np.array(column, np.float32) for column in columns)))
+    return scale
 
 
 def _weighed(

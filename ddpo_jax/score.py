@@ -144,6 +144,8 @@ def score_all(
         found = reward.result(waiting)[: len(positions)]
         values[positions] = found
         why = reward.why(waiting) if reward.why and np.isnan(found).any() else ""
+        if why and np.isnan(found).sum() > 1:  # scorers tell of the last one
+            why = f"of this picture or of one that was scored with it: {why}"
         for i in np.flatnonzero(np.isnan(found).any(axis=1)):
             reasons[positions[i]] = why
 

@@ -108,8 +108,8 @@ def loop(
     algorithm, frozen = run.algorithm, run.frozen
     update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay, layout=run.layout)
     previous = multihost.on_main(lambda: (metrics.read(workdir / "metrics.jsonl") or [{}])[-1])
-    evaluated = multihost.on_main(lambda: metrics.read(workdir / "evaluations.jsonl")[:1])
-    scale = experts.scale_told(run.parts.reward.names, evaluated[0]) if evaluated else None
+    evaluated = multihost.on_main(lambda: metrics.read(workdir / "evaluations.jsonl"))
+    scale = experts.scale_told(run.parts.reward.names, evaluated)
     skipped = float(state.opt_state.total_notfinite)
     boundary, check = Boundary(checkpoint.host_copy(state), previous.get("reward/mean")), algorithm.check
     try:
@@ -187,9 +187,9 @@ def show(
     epoch: int,
     writer: Writer,
     console: Console,
-    scale: experts.Scale | None,
-) -> experts.Scale | None:
-    """Pictures and rewards at the fixed prompts and noise, before round `epoch`; the scale of the run's very first."""
+    scale: experts.Scale,
+) -> experts.Scale:
+    """Pictures and rewards at the fixed prompts and noise, before round `epoch`; the scale of the run's first."""
     for name, prompts in run.eval_prompts.items():
         found = evaluate(
             run.parts,
@@ -200,7 +200,7 @@ def show(
             combination=run.experts,
             scale=scale,
         )
-        scale = found.scale if scale is None else scale
+        scale = found.scale
         captions = [f"{text} {reward:.3g}" for text, reward in zip(prompts.texts, found.rewards, strict=True)]
         writer.images(epoch, name, found.images, captions)
         writer.evaluation(epoch, name, found.report, prompts.texts, found.rewards)

@@ -125,6 +125,19 @@ def test_only_the_middle_is_seen(size, transpose):
         np.testing.assert_allclose(seen(images, size), middle, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 500), (500, 1)])
+def test_of_a_very_long_picture_only_what_is_seen_is_made(shape):
+    """The whole of it would be 500 times as large as what is seen."""
+    shown = jax.eval_shape(lambda x: seen(x, 64), jnp.zeros((1, *shape, 3)))
+    assert shown.shape == (1, 64, 64, 3)
+    program = jax.make_jaxpr(lambda x: seen(x, 64))(jnp.zeros((1, *shape, 3)))
+    sizes = [out.aval.size for equation in program.eqns for out in equation.outvars]
+    assert max(sizes) <= 3 * 64 * 500
+    images = make_images(1, *shape)
+    column = images[:, :, 249:251].mean(axis=2) if shape[0] == 1 else images[:, 249:251].mean(axis=1)
+    np.testing.assert_allclose(seen(images, 64)[:, 31:33, 31:33].mean(axis=(1, 2)), column[:, 0], atol=0.1)
+
+
 def cut_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

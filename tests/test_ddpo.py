@@ -384,7 +384,7 @@ def test_a_learnable_reward_rises(world):
             prompts,
             key_data=world.start.key,
             combination=SUM,
-            scale=None,
+            scale=experts.scale_told(("mine",), []),
         ).report
 
     state = world.fresh()

@@ -50,7 +50,7 @@ def test_gates_of_all_experts_must_hold_and_none_open_makes_all_alike():
     np.testing.assert_array_equal(rewards_of(make((1, 0), gates=("one>=10",)), scores), [3, 3, 3])
 
 
-@pytest.mark.parametrize("gate", ["four>=1", "one>1", "one>=", ">=1", "one>=x"])
+@pytest.mark.parametrize("gate", ["four>=1", "one>1", "one>=", ">=1", "one>=x", "one>=1.2.3", "one>=."])
 def test_a_gate_that_is_none_is_refused(gate):
     with pytest.raises(UserError, match=r"reward\.gates: .*is no gate; expected one of one, my_module:two, three"):
         make(gates=(gate,))
@@ -95,7 +95,7 @@ def test_evaluations_are_measured_by_the_first():
     combination = make((1, 1), standardise=True)
     scale = experts.scale_of(before)
     told = experts.report(NAMES[:2], before, combination.judge(before, scale))
-    again = experts.scale_told(NAMES[:2], told)  # as a run that goes on reads it
+    again = experts.scale_told(NAMES[:2], [told, {}])  # as a run that goes on reads it
     np.testing.assert_array_equal(np.array(again), np.array(scale))
     assert abs(told["reward/mean"]) < 1e-6
     gained = combination.judge(after, again).mean() - combination.judge(before, again).mean()
@@ -103,6 +103,25 @@ def test_evaluations_are_measured_by_the_first():
     np.testing.assert_allclose(gained, shift.sum(), rtol=1e-4)
     unscaled = make((1, 1))
     np.testing.assert_array_equal(unscaled.judge(after, scale), rewards_of(unscaled, after))
+
+
+def test_an_expert_is_measured_by_the_first_evaluation_that_knows_it():
+    rows = [{"reward/one": 5.0, "reward/one/std": 0.0, "reward/my_module:two": None}]
+    rows += [{"reward/one": 7.0, "reward/one/std": 2.0, "reward/my_module:two": 1.0, "reward/my_module:two/std": 4.0}]
+    scale = experts.scale_told(NAMES[:2], rows)
+    np.testing.assert_array_equal(np.array(scale), [[5, 1], [0, 4]])
+    combination = make((1, 1), standardise=True)
+    np.testing.assert_allclose(combination.judge(np.array([[8, 5]], np.float32), scale), [3 + 1])  # not divided by 0
+    nothing = experts.scale_told(NAMES[:2], [])
+    np.testing.assert_array_equal(np.array(experts.first_known(nothing, scale)), np.array(scale))
+
+
+def test_check_missing_counts_the_whole_batch_before_it_is_there():
+    scores = np.full((4, 1), NAN, np.float32)
+    check = {"max_missing": 0.25, "names": ("one",)}
+    experts.check_missing(scores[:, 0], scores, **check, count=16)
+    with pytest.raises(RunStopped, match=r"4 of 12 rewards are missing \(33.3%"):
+        experts.check_missing(scores[:, 0], scores, **check, count=12)
 
 
 def test_check_missing_stops_above_the_fraction_only():

@@ -112,3 +112,52 @@ def test_broken_programs_are_one_line(tmp_path, program):
         archive.writestr("archive/data.pkl", program)
     with pytest.raises(UserError, match=r"file\.pth: "):
         read_torch_tensors(tmp_path / "file.pth")
+
+
+MALFORMED = {
+    "offset": lambda fields: fields.update(offset="a"),
+    "no shape": lambda fields: fields.update(shape=None),
+    "fewer strides": lambda fields: fields.update(strides=(1,)),
+    "empty and huge": lambda fields: fields.update(shape=(0, 2**70)),
+    "a huge stride": lambda fields: fields.update(strides=(2**70, 1)),
+    "too many numbers": lambda fields: fields.update(shape=(2**40, 2**40), strides=(0, 0)),
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_tensors_are_one_line(tmp_path, change):
+    fields = {"offset": 0, "shape": (2, 3), "strides": (3, 1)}
+    change(fields)
+    numbers = torch.zeros(6)
+
+    class Odd:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (numbers.storage(), *fields.values(), False, {})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({"weight": Odd()}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=r"file\.pth: ") as raised:
+        read_torch_tensors(tmp_path / "file.pth")
+    assert "\n" not in str(raised.value)
+
+
+def test_changed_bytes_and_compressed_parts_are_one_line(tmp_path):
+    path = tmp_path / "file.pth"
+    torch.save({f"weight {i}": torch.ones(20) for i in range(3)}, path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        changed = bytearray(whole)
+        for i in rng.integers(len(whole), size=3):
+            changed[i] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            read_torch_tensors(path)
+        except UserError as error:
+            assert "\n" not in " ".join(str(error).splitlines()[:1]) and str(path) in str(error)
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in archive.namelist():
+            small.writestr(name, archive.read(name))
+    with pytest.raises(UserError, match=r"small\.pth: a part of it is compressed"):
+        read_torch_tensors(tmp_path / "small.pth")

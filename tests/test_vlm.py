@@ -274,6 +274,18 @@ def test_the_key_is_sent_and_shown_nowhere(caplog, capfd):
     assert replies[0].why == "not JSON: status 200: 'nothing, ***'"
 
 
+def test_the_key_is_hidden_as_json_and_urls_write_it(monkeypatch):
+    monkeypatch.setenv("TEST_VLM_KEY", 'sk-a/b"c+d=secret')
+    for form in ('sk-a/b"c+d=secret', r"sk-a/b\"c+d=secret", "sk-a%2Fb%22c%2Bd%3Dsecret"):
+        replies, _, _ = ask(body(b"nothing, %s" % form.encode()), count=1)
+        assert "***" in replies[0].why and "secret" not in replies[0].why
+
+
+def test_half_a_character_is_no_failure():
+    replies, _, _ = ask(body(rb'{"choices": [{"message": {"content": "\ud800 a fox"}}]}'), count=1)
+    assert replies[0].text == "? a fox"
+
+
 @pytest.mark.parametrize("key", ["", " ", None])
 def test_without_a_key_none_is_sent(key, monkeypatch):
     monkeypatch.setenv("TEST_VLM_KEY", key) if key is not None else monkeypatch.delenv("TEST_VLM_KEY")
@@ -302,6 +314,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(key, monkeypatch):
         ({"url": "ftp://sk-1@host/v1"}, "reward.vlm_url: expected no user"),
         ({"url": "http://host/v1?key=sk-1"}, "reward.vlm_url: expected no user"),
         ({"model": " "}, "reward.vlm_model=' '"),
+        ({"key": "a1b2c3d4e5f6"}, "there is none of the name that is given"),
         ({"key": "sk-1"}, "reward.vlm_key: expected the name of an environment variable"),
         ({"concurrency": 0}, "reward.vlm_concurrency=0: expected 1 or more"),
         ({"retries": -1}, "reward.vlm_retries=-1: expected 0 or more"),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from ddpo_jax import advantages, experts, losses, multihost
 from ddpo_jax.algorithms.parts import Parts, scored_rollouts
@@ -138,6 +138,19 @@ def _algorithm(
     def collect(
         trainable: PyTree, frozen: Frozen, prompts: Prompts, carry: Carry, key: Key[Array, ""]
     ) -> tuple[Rollouts, Carry, dict[str, float | int]]:
+        names = parts.reward.names
+
+        def check(scores: Float32[np.ndarray, "n experts"], why: str) -> None:
+            rewards, _ = scoring.experts.update(carry.experts, scores)
+            experts.check_missing(
+                rewards,
+                scores,
+                max_missing=scoring.max_missing,
+                names=names,
+                why=why,
+                count=len(prompts.texts),
+            )
+
         (cond, trajectory), scores, why = scored_rollouts(
             parts,
             trainable,
@@ -146,8 +159,8 @@ def _algorithm(
             key,
             keep=lambda cond, trajectory, images: (cond, trajectory),
             group_size=scoring.group_size,
+            check=check,
         )
-        names = parts.reward.names
         rewards, seen = scoring.experts.update(carry.experts, scores)
         experts.check_missing(rewards, scores, max_missing=scoring.max_missing, names=names, why=why)
         advantage, weight, history = scoring.advantages.update(carry.advantages, prompts.id, rewards)

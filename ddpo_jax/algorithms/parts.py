@@ -46,12 +46,16 @@ def scored_rollouts(
     *,
     keep: Callable,
     group_size: int = 1,
+    check: Callable = lambda scores, why: None,
 ) -> Scored:
     """One sample a prompt, and its scores. Kept is keep(cond, trajectory, images) of all samples, on an axis of b.
 
     Chunks have one shape, so that one program serves every count: the last is filled up with its last prompt, and what
     is kept on the devices stays as long as that. A chunk is scored while the next rolls out. Sample i's noise depends
     on `key` and i alone; what it starts from is shared by `group_size` samples in a row.
+
+    check: (scores, why) of the chunks that were scored so far -> None; may raise RunStopped, so that a scorer that
+    gives nothing is not waited for chunk by chunk. It is asked where one process has all pictures.
     """
     count = len(prompts.texts)
     calls = chunks(count, size=parts.chunk_size, num_shards=parts.layout.num_shards)
@@ -69,6 +73,7 @@ def scored_rollouts(
             jax.block_until_ready(kept[-2:-1])  # the chunk before: one is always under way
             advance(int((index < count).sum()))
         jax.block_until_ready(kept)
+    done = np.zeros(0, int)
     scores = np.full((count, len(parts.reward.names)), np.nan, np.float32)
     with parts.phase("reward", count) as advance:
         for index in calls:
@@ -78,6 +83,9 @@ def scored_rollouts(
                     first = pending.pop(0)
                     scores[index[real]] = parts.reward.result(first)[real]
                     why = (parts.reward.why and parts.reward.why(first)) or why
+                    done = np.concatenate([done, index[real]])
+                    if jax.process_count() == 1:
+                        check(scores[done], why)
             except (UserError, RunStopped) as error:
                 failed = error
             advance(int(real.sum()))

@@ -90,18 +90,27 @@ def apply(images: Float[Array, "b H W 3"], how: Preprocess) -> Float[Array, "b h
     the middle cut out; standardised. It is transformers' processor but for rounding: Pillow, which resizes there,
     rounds to 8 bits after each axis. Pictures of the right size are only standardised.
     """
-    b, H, W, _ = images.shape
+    _, H, W, _ = images.shape
     height, width = how.size or (H, W)
     if how.shorter is not None:
         height, width = (H * how.shorter // min(H, W), W * how.shorter // min(H, W))
-    for shape in ((b, H, width, 3), (b, height, width, 3)):
-        if shape != images.shape:
-            images = jax.image.resize(images, shape, method=how.method, antialias=True).clip(0, 1)
     h, w = how.crop or (height, width)
-    top, left = (height - h) // 2, (width - w) // 2
-    images = images[:, top : top + h, left : left + w]
+    images = _resize_and_cut(images, 2, width, w, method=how.method)
+    images = _resize_and_cut(images, 1, height, h, method=how.method)
     mean, std = (jnp.asarray(values, images.dtype)[None, None, None] for values in (how.mean, how.std))
     return (images - mean) / std
+
+
+def _resize_and_cut(
+    images: Float[Array, "b H W 3"], axis: int, size: int, kept: int, *, method: str
+) -> Float[Array, "b h w 3"]:
+    """The middle `kept` pixels along an axis of what the pictures are when that axis is resized to `size`."""
+    before, first = images.shape[axis], (size - kept) // 2
+    if size == before:
+        return jax.lax.slice_in_dim(images, first, first + kept, axis=axis)
+    shape = tuple(kept if i == axis else length for i, length in enumerate(images.shape))
+    scale, shift = (jnp.array([value], images.dtype) for value in (size / before, -first))
+    return jax.image.scale_and_translate(images, shape, (axis,), scale, shift, method=method, antialias=True).clip(0, 1)
 
 
 def _channels(fields: Mapping[str, Any], name: str, default: tuple[float, ...]) -> tuple[float, ...]:

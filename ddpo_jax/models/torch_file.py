@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,10 @@ LITERALS = {
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
 }
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+# What the readers of zips and numbers raise at bytes that make no sense to them.
+BROKEN = (ValueError, TypeError, OverflowError, RuntimeError, EOFError, MemoryError, zlib.error)
 
 
 class _Named(NamedTuple):
@@ -84,6 +89,10 @@ def read_torch_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read(archive)
+    except BROKEN as error:
+        raise UserError(
+            f"{path}: not a whole file of torch.save ({type(error).__name__}: {error}); copy or download it again"
+        ) from None
     except _Refused as error:
         raise UserError(
             f"{path}: {error}. Only plain tensors are read, and nothing in a file is run; save it as safetensors if you"
@@ -121,6 +130,8 @@ def read_torch_weights(
 
 
 def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise _Refused("a part of it is compressed, as torch.save writes none")
     names = {name.split("/", 1)[-1]: name for name in archive.namelist()}
     if "data.pkl" not in names:
         raise _Refused("it holds no data.pkl")
@@ -145,9 +156,9 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 
 def _view(numbers: np.ndarray, tensor: _Tensor) -> np.ndarray:
     fields = (tensor.offset, *tensor.shape, *tensor.strides)
-    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if any(type(field) is not int or field < 0 for field in fields):
         raise _Refused(f"a tensor has shape {tensor.shape} and strides {tensor.strides}")
+    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, numbers.dtype)
     if last >= len(numbers) or np.prod(tensor.shape, dtype=object) > len(numbers):

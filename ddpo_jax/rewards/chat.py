@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from ddpo_jax.errors import UserError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import httpx
 
 MAX_BYTES = 1_000_000  # of a body; an answer of a few sentences has some thousand
+USUAL_KEY = "OPENAI_API_KEY"
 SHOWN = 200  # characters of a reply in a message
 RETRIED = (408, 409, 429)  # and all from 500
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds before a retry: doubled each time, times 0.5 to 1 by chance
@@ -100,6 +101,12 @@ def check(settings: Settings) -> None:
         )
     if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", settings.key):
         raise UserError("reward.vlm_key: expected the name of an environment variable with the key, never the key")
+    if settings.key not in ("", USUAL_KEY, *os.environ):
+        raise UserError(
+            "reward.vlm_key: expected the name of an environment variable with the key, and there is none of the name"
+            f" that is given; export it, or set '' for a server that wants none, or {USUAL_KEY}, which is sent if it is"
+            " set"
+        )
     for name, value, least in [
         ("concurrency", settings.concurrency, 1),
         ("retries", settings.retries, 0),
@@ -158,8 +165,12 @@ async def _ask_all(settings: Settings, messages: Sequence[Message], key: str) ->
     end = asyncio.get_running_loop().time() + settings.deadline
     last = [Reply(None, "nothing")] * len(messages)
 
+    forms = {key, json.dumps(key)[1:-1], quote(key, safe="")} if len(key) >= SECRET_LENGTH else set()
+
     def hide(text: str) -> str:
-        return text.replace(key, "***") if len(key) >= SECRET_LENGTH else text
+        for form in forms:
+            text = text.replace(form, "***")
+        return text
 
     def tell(i: int, reply: Reply) -> None:
         last[i] = reply
@@ -228,7 +239,7 @@ async def _exchange(session: Session, message: Message) -> Attempt:
         return Attempt(Reply(None, why), again=status in RETRIED or status >= 500, wait=wait)
     if not whole:
         return Attempt(Reply(None, f"a body of more than {MAX_BYTES} bytes: {shown}"))
-    if response.headers.get("Content-Encoding", "identity") != "identity":
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         return Attempt(Reply(None, "status 200, but a compressed body, which was not asked for"))
     return Attempt(_parse(body, shown, session.hide))
 
@@ -263,7 +274,9 @@ def _parse(body: str, shown: str, hide: Callable[[str], str]) -> Reply:
         return Reply(None, f"no choices[0].message.content: {shown}")
     if not isinstance(content, str):
         return Reply(None, f"the content is no text: {shown}")
-    return Reply(hide(content.strip()), "") if content.strip() else Reply(None, f"an empty answer: {shown}")
+    # JSON may hold half a character, which no tokenizer takes.
+    text = content.encode("utf-8", "replace").decode().strip()
+    return Reply(hide(text), "") if text else Reply(None, f"an empty answer: {shown}")
 
 
 def _seconds(retry_after: str) -> float:

@@ -103,7 +103,7 @@ def on_host(
     Raises: UserError if deadline or num_workers is not positive. From `result`: RunStopped if the deadline passes, or
     from what fn raised; UserError if fn returns anything but (b,) numbers, or if pixels are outside [0, 1].
     """
-    if deadline <= 0 or num_workers < 1:
+    if not deadline > 0 or num_workers < 1:
         raise UserError(f"reward {name}: deadline {deadline} and num_workers {num_workers} must be above 0")
     start = _make_workers(num_workers)
 
