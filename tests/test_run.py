@@ -264,7 +264,7 @@ def truncated_model(folder, tmp_path):
             2,
             "reward.clip_model='/nowhere/clip': no",
         ),
-        ({"reward.name": "clip_score"}, 2, "reward.clip_model='': clip_score needs a CLIP"),
+        ({"reward.name": "clip_score"}, 2, "reward.clip_model='': expected a CLIP"),
         ({"reward.weights": (0.0,)}, 2, "expected 1 numbers, not all 0"),
         ({"reward.weights": ("much",)}, 2, "reward.weights=('much',): expected 1 numbers"),
         ({"train.lora_rank": 2, "train.lora_targets": "nothing"}, 2, "matches no kernel"),
