@@ -112,16 +112,12 @@ def spec(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     A dimension is only cut into equal parts. `fsdp` takes the largest one that `tensor` leaves.
     """
     axes: list[str | None] = [None] * len(shape)
-
-    def cut(axis: str, candidates: Sequence[int]) -> None:
-        fitting = [i for i in candidates if axes[i] is None and shape[i] % sizes[axis] == 0]
+    named = [dim % len(shape) for pattern, dim in TENSOR if re.search(pattern, path)] if shape else []
+    for axis, candidates in (("tensor", named), ("fsdp", range(len(shape)))):
+        size = sizes.get(axis, 1)
+        fitting = [i for i in candidates if size > 1 and axes[i] is None and shape[i] % size == 0]
         if fitting:
             axes[max(fitting, key=lambda i: shape[i])] = axis
-
-    if sizes.get("tensor", 1) > 1 and shape:
-        cut("tensor", [dim % len(shape) for pattern, dim in TENSOR if re.search(pattern, path)])
-    if sizes.get("fsdp", 1) > 1:
-        cut("fsdp", range(len(shape)))
     while axes and axes[-1] is None:
         axes.pop()
     return P(*axes)
