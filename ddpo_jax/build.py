@@ -90,7 +90,15 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     train_set, train_tokens = prompt_sets["train"]
     resolution = jax.eval_shape(model.decode, pretrained.vae, jnp.zeros((1, *model.latent_shape))).shape[1]
     grey = data.every(train_set, train_tokens, count=2)
-    multihost.together(lambda: rewards.probe(reward, reward_params, grey, resolution=resolution))
+    multihost.together(
+        lambda: rewards.probe(
+            reward,
+            reward_params,
+            grey,
+            resolution=resolution,
+            combine=lambda scores: combination.update(combination.init(), scores)[0],
+        )
+    )
     timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
     loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, combination, timesteps)
     draw, method_settings = settings_of(config, loaded)

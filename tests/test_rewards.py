@@ -151,6 +151,8 @@ def test_the_probe_stops_at_a_scorer_that_gives_nothing_and_says_why():
     with pytest.raises(RunStopped, match=r"gave no score for two grey pictures.*absent: no server at port 8000"):
         rewards.probe(rewards.join([host(absent, name="absent")]), ((),), make_prompts(2), resolution=8)
     rewards.probe(rewards.join([host(lambda images, prompts: [np.nan, 1])]), ((),), make_prompts(2), resolution=8)
+    watched = rewards.join([host(absent, name="absent"), host(brightness, name="bright")])
+    rewards.probe(watched, ((), ()), make_prompts(2), resolution=8, combine=lambda scores: scores[:, 1])
 
 
 @pytest.mark.parametrize(

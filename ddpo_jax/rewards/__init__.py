@@ -161,14 +161,23 @@ def shuffled(scores: Float32[np.ndarray, "b experts"], key: Key[Any, ""]) -> Flo
     return scores
 
 
-def probe(reward: Reward, params: tuple[PyTree, ...], prompts: Prompts, *, resolution: int) -> None:
+def probe(
+    reward: Reward,
+    params: tuple[PyTree, ...],
+    prompts: Prompts,
+    *,
+    resolution: int,
+    combine: Callable = lambda scores: scores.sum(axis=1),
+) -> None:
     """Scores grey pictures for these prompts, so that a reward that cannot work says so before any work is done.
 
-    Raises: what `result` raises; RunStopped if an expert gives no score for any of them, and says why.
+    combine: scores (b, experts) -> rewards (b,); an expert that is only watched may give nothing.
+
+    Raises: what `result` raises; RunStopped if no picture has a reward, and an expert says why.
     """
     images = jnp.full((len(prompts.texts), resolution, resolution, 3), 0.5, jnp.float32)
     pending = reward.submit(params, images, prompts)
-    nothing = np.isnan(reward.result(pending)).all(axis=0).any()
+    nothing = np.isnan(combine(reward.result(pending))).all()
     reason = reward.why(pending) if reward.why and nothing else ""
     if reason:
         raise RunStopped(f"the reward gave no score for two grey pictures, which it was tried on: {reason}")
