@@ -202,7 +202,8 @@ def get_config() -> ConfigDict:
     reward.vlm_url = ""
     # The name that the server knows its model by.
     reward.vlm_model = ""
-    # The name, not the value, of the environment variable with the server's key; none is sent if it is not set.
+    # The name, not the value, of the environment variable with the server's key, which is sent to vlm_url. None is sent
+    # if OPENAI_API_KEY is not set, or for ""; any other name must be set.
     reward.vlm_key = "OPENAI_API_KEY"
     # What vlm_judge asks of a picture: {prompt} stands for the prompt. How to end with a number is added to it.
     reward.vlm_question = 'How well does this image show "{prompt}"? Consider everything that the text says.'

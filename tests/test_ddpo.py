@@ -285,6 +285,22 @@ def test_missing_rewards_change_nothing_for_the_others(world):
         collect([2, 5], 0.2)
 
 
+def test_a_scorer_that_gives_nothing_is_not_waited_for_to_the_end(world):
+    waited = []
+
+    def result(images):
+        waited.append(len(images))
+        return np.full((len(images), 1), np.nan, np.float32)
+
+    reward = Reward(("mine",), lambda params, images, prompts: images, result, None, lambda pending: "no server")
+    parts = world.run.parts._replace(reward=reward, chunk_size=2)
+    algorithm = make_is(world, parts=parts, scoring=SCORING._replace(max_missing=0.25))
+    params, prompts = world.fresh().params, world.run.draw(0)
+    with pytest.raises(RunStopped, match=r"4 of 8 rewards are missing .*The last: no server"):
+        algorithm.collect(params, world.run.frozen, prompts, algorithm.init(), jax.random.key(1))
+    assert waited == [2, 2]  # of four chunks
+
+
 def test_shared_noise_compares_the_pictures_of_a_draw(small_folder, world):
     shared = {"sample.shared_noise": True, "per_prompt_stat_tracking.buffer_size": 0}
     config = small_config(small_folder, **{"sample.num_prompts": 2, "sample.num_samples_per_prompt": 4, **shared})

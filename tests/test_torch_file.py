@@ -154,7 +154,7 @@ def test_changed_bytes_and_compressed_parts_are_one_line(tmp_path):
         try:
             read_torch_tensors(path)
         except UserError as error:
-            assert "\n" not in " ".join(str(error).splitlines()[:1]) and str(path) in str(error)
+            assert "\n" not in str(error) and str(path) in str(error)
     path.write_bytes(whole)
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small:
         for name in archive.namelist():

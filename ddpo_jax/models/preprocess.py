@@ -63,22 +63,22 @@ def parse(fields: Mapping[str, Any], image_size: int) -> Preprocess:
     resample = fields.get("resample", 3)
     if resample not in FILTERS:
         raise UserError(f"resample={resample!r}: expected 1 (Lanczos), 2 (bilinear) or 3 (bicubic), Pillow's numbers")
-    if not fields.get("do_normalize", True) or not fields.get("do_rescale", True):
-        raise UserError("do_normalize and do_rescale must be true: the tower was not trained otherwise")
+    steps = ("do_resize", "do_rescale", "do_normalize")
+    if not all(fields.get(step, True) for step in steps):
+        raise UserError(f"{', '.join(steps)} must be true: a tower takes pictures of one size, standardised")
     if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise UserError(f"rescale_factor={fields['rescale_factor']!r}: expected 1 / 255")
-    resized, cut = fields.get("do_resize", True), fields.get("do_center_crop", True)
-    fixed = "height" in size
+    fixed, cut = "height" in size, fields.get("do_center_crop", True)
     found = Preprocess(
-        shorter=number(size, "shortest_edge") if resized and not fixed else None,
-        size=(number(size, "height"), number(size, "width")) if resized and fixed else None,
+        shorter=None if fixed else number(size, "shortest_edge"),
+        size=(number(size, "height"), number(size, "width")) if fixed else None,
         method=FILTERS[resample],
         crop=(number(crop, "height"), number(crop, "width")) if cut else None,
         mean=_channels(fields, "image_mean", MEAN),
         std=_channels(fields, "image_std", STD),
     )
     smallest = found.size or (found.shorter, found.shorter)
-    if found.crop and resized and (found.crop[0] > smallest[0] or found.crop[1] > smallest[1]):
+    if found.crop and (found.crop[0] > smallest[0] or found.crop[1] > smallest[1]):
         raise UserError(f"crop_size={found.crop} is larger than what is resized to, {smallest}")
     return found
 

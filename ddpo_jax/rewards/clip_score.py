@@ -27,7 +27,7 @@ def make(source: str, template: str, *, place: Callable = first_device) -> tuple
     if "{}" not in template:
         raise UserError(f"reward.clip_template={template!r}: expected {{}} in it, where the prompt stands")
     found = clip.load(source, place=place)
-    return judged_by_prompt(found, lambda head, picture, text: 100.0 * _cosine(picture, text), template=template)
+    return judged_by_prompt(found, lambda params, picture, text: 100.0 * _cosine(picture, text), template=template)
 
 
 def make_pickscore(source: str, *, place: Callable = first_device) -> tuple[Callable, Callable, PyTree]:
@@ -58,7 +58,7 @@ def make_hpsv2(source: str, *, place: Callable = first_device) -> tuple[Callable
     source: `reward.hpsv2_model`: the weights in transformers' form, a folder or a hub id.
     """
     found = clip.load(source, field="reward.hpsv2_model", place=place)
-    return judged_by_prompt(found, lambda head, picture, text: _cosine(picture, text))
+    return judged_by_prompt(found, lambda params, picture, text: _cosine(picture, text))
 
 
 def judged_by_prompt(found: clip.CLIP, score: Callable, *, template: str = "{}") -> tuple[Callable, Callable, PyTree]:

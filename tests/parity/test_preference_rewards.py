@@ -182,6 +182,13 @@ def test_pictures_are_seen_as_the_folder_says(tmp_path, processor):
     np.testing.assert_allclose(embedded, expected.numpy(), atol=5e-3)
 
 
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize"])
+def test_a_processor_that_leaves_out_a_step_is_refused(tmp_path, step):
+    folder = write(tmp_path / "clip", "as OpenAI's", processor=PROCESSORS["bilinear"] | {step: False})
+    with pytest.raises(UserError, match=f"preprocessor_config.json: .*{step}.* must be true"):
+        clip.load(str(folder))
+
+
 def test_a_processor_for_another_tower_is_refused(tmp_path):
     folder = write(tmp_path / "clip", "as OpenAI's", processor={"size": 24, "crop_size": {"height": 24, "width": 24}})
     with pytest.raises(UserError, match=r"come out as \(24, 24\) pixels, and the vision tower takes 20"):
