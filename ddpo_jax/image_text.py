@@ -38,7 +38,7 @@ def open_source(source: str, *, resolution: int) -> ImageText:
     if not (folder / "metadata.jsonl").is_file():
         found = "a folder without it" if folder.is_dir() else "no such folder"
         raise UserError(f"data.source={source!r}: {found}; expected a folder with metadata.jsonl, or module:function")
-    rows = [_metadata_row(folder, number, line) for number, line in _numbered_lines(folder / "metadata.jsonl")]
+    rows = [_metadata_row(folder, number, line) for number, line in numbered_lines(folder / "metadata.jsonl")]
     if not rows:
         raise UserError(f"data.source={source!r}: metadata.jsonl holds no image")
 
@@ -53,16 +53,20 @@ def make_batch(
     source: ImageText, *, batch_size: int, seed: int, epoch: int, resolution: int
 ) -> tuple[Float32[np.ndarray, "b H W 3"], tuple[str, ...]]:
     """A round's images, in [0, 1], and captions. A finite source is walked in passes, each shuffled anew."""
-    first = epoch * batch_size
-    if source.length is None:
-        indices = [seed * 1_000_000_007 + first + i for i in range(batch_size)]
-    else:
-        walks = [divmod(first + i, source.length) for i in range(batch_size)]
-        orders = {walk: np.random.default_rng((seed, walk)).permutation(source.length) for walk, _ in walks}
-        indices = [int(orders[walk][position]) for walk, position in walks]
+    indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
     pairs = [_checked(source.get(index), index, resolution) for index in indices]
     images, captions = zip(*pairs, strict=True)
     return np.stack(images).astype(np.float32) / 255, tuple(captions)
+
+
+def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[int]:
+    """The indices of a round: of a finite source in passes, each shuffled anew, so that each is met once a pass."""
+    first = epoch * batch_size
+    if length is None:
+        return [seed * 1_000_000_007 + first + i for i in range(batch_size)]
+    places = [divmod(first + i, length) for i in range(batch_size)]
+    orders = {number: np.random.default_rng((seed, number)).permutation(length) for number, _ in places}
+    return [int(orders[number][position]) for number, position in places]
 
 
 def load_image(path: Path, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -92,7 +96,8 @@ def _checked(pair: Any, index: int, resolution: int) -> tuple[UInt8[np.ndarray, 
     return image, caption
 
 
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a .jsonl file that are not blank, with their numbers from 1. Raises UserError if it is not UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

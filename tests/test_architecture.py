@@ -26,7 +26,7 @@ ORDER = [
         "finetune",
         "optimizers",
     ),
-    *("rewards", "algorithms", "update", "data", "image_text", "picture_folder"),
+    *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder"),
     *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
     *("settings", "build", "saved"),
     *("export", "sample", "score", "train", "main"),

@@ -1,0 +1,132 @@
+"""Pairs of pictures of one prompt, and which is preferred. A round's batch is a pure function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from ddpo_jax.errors import UserError
+from ddpo_jax.image_text import load_image, numbered_lines, walk
+from ddpo_jax.plugins import load_object
+
+FILES = "pairs*.jsonl"
+
+
+class Pair(NamedTuple):
+    """One comparison."""
+
+    prompt: str
+    image_0: UInt8[np.ndarray, "H W 3"]
+    image_1: UInt8[np.ndarray, "H W 3"]
+    label: float  # how surely image_0 is the better one: 1 is certain, 0 that image_1 is, 0.5 a tie
+
+
+class Pairs(NamedTuple):
+    """Comparisons by index."""
+
+    get: Callable  # index -> Pair
+    length: int | None  # None: any index
+
+
+class Batch(NamedTuple):
+    """A round of comparisons."""
+
+    prompts: tuple[str, ...]
+    images_0: Float32[np.ndarray, "b H W 3"]  # in [0, 1]
+    images_1: Float32[np.ndarray, "b H W 3"]
+    labels: Float32[np.ndarray, " b"]
+
+
+def open_source(source: str, *, resolution: int) -> Pairs:
+    """Pairs of a folder, or of a function of yours.
+
+    A folder holds pairs.jsonl, or several files pairs*.jsonl that are read in the order of their names; a line is
+    {"prompt": ..., "image_0": file, "image_1": file, "label": number}, the files relative to the folder. Its pictures
+    are turned upright, cut to a centred square and resized. `module:function` is called as function(index) -> (prompt,
+    image_0, image_1, label), images (H, W, 3) uint8 of the right size, for any index from 0 to below 2^63.
+
+    Raises:
+        UserError: there is no such folder or function, or a line cannot be used.
+    """
+    folder = Path(source).expanduser()
+    if ":" in source and not folder.exists():
+        return Pairs(load_object(source), None)
+    files = sorted(folder.glob(FILES))
+    if not files:
+        found = "a folder without it" if folder.is_dir() else "no such folder"
+        raise UserError(f"data.source={source!r}: {found}; expected a folder with pairs.jsonl, or module:function")
+    rows = [_row(folder, f"{path}, line {number}", line) for path in files for number, line in numbered_lines(path)]
+    if not rows:
+        raise UserError(f"data.source={source!r}: its {FILES} hold no pair")
+
+    def get(index: int) -> Pair:
+        prompt, path_0, path_1, label = rows[index]
+        return Pair(prompt, load_image(path_0, resolution), load_image(path_1, resolution), label)
+
+    return Pairs(get, len(rows))
+
+
+def make_batch(
+    source: Pairs, *, batch_size: int, seed: int, epoch: int, resolution: int, horizontal_flip: bool
+) -> Batch:
+    """A round's pairs. A finite source is walked in passes, each shuffled anew.
+
+    horizontal_flip: turns each picture over, left to right, with a chance of one half.
+    """
+    indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
+    pairs = [_checked(source.get(index), index, resolution) for index in indices]
+    flips = np.random.default_rng((seed, epoch, 1)).random((2, batch_size)) < 0.5 * horizontal_flip
+
+    def stacked(images: list, flipped: np.ndarray) -> Float32[np.ndarray, "b H W 3"]:
+        turned = [image[:, ::-1] if over else image for image, over in zip(images, flipped, strict=True)]
+        return np.stack(turned).astype(np.float32) / 255
+
+    return Batch(
+        tuple(pair.prompt for pair in pairs),
+        stacked([pair.image_0 for pair in pairs], flips[0]),
+        stacked([pair.image_1 for pair in pairs], flips[1]),
+        np.array([pair.label for pair in pairs], np.float32),
+    )
+
+
+def _checked(pair: Any, index: int, resolution: int) -> Pair:
+    try:
+        pair = Pair(*pair)
+    except TypeError:
+        raise UserError(
+            f"data.source, index {index}: expected (prompt, image_0, image_1, label), found {type(pair).__name__}"
+        ) from None
+    if not isinstance(pair.prompt, str):
+        raise UserError(f"data.source, index {index}: expected a prompt, found {type(pair.prompt).__name__}")
+    for image in (np.asarray(pair.image_0), np.asarray(pair.image_1)):
+        # Not only the shape: floats in [0, 1], taken for 0 to 255, would train on black pictures without a word.
+        if image.shape != (resolution, resolution, 3) or image.dtype != np.uint8:
+            raise UserError(
+                f"data.source, index {index}: expected uint8 images of shape ({resolution}, {resolution}, 3),"
+                f" found {image.dtype} of shape {image.shape}"
+            )
+    if not 0 <= pair.label <= 1:
+        raise UserError(f"data.source, index {index}: expected a label from 0 to 1, found {pair.label!r}")
+    return pair
+
+
+def _row(folder: Path, where: str, line: str) -> tuple[str, Path, Path, float]:
+    try:
+        row = json.loads(line)
+        prompt, names, label = row["prompt"], (row["image_0"], row["image_1"]), float(row["label"])
+        path_0, path_1 = (folder / name for name in names)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: expected prompt, image_0, image_1 and label in {line[:80]!r}") from None
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: expected a string for prompt, found {prompt!r}")
+    if not 0 <= label <= 1:
+        raise UserError(f"{where}: expected a label from 0 to 1, found {row['label']!r}")
+    for path, name in zip((path_0, path_1), names, strict=True):
+        if not path.is_file():
+            raise UserError(f"{where}: no such file {name!r}")
+    return prompt, path_0, path_1, label
