@@ -21,11 +21,11 @@ import numpy as np
 from jaxtyping import Float
 
 from benchmarks import overlap
-from ddpo_jax import settings
 from ddpo_jax.build import build, init_state
 from ddpo_jax.command import fail
 from ddpo_jax.config import parse
 from ddpo_jax.errors import UserError
+from ddpo_jax.methods import method_of
 from ddpo_jax.update import make_update, optimize
 
 EPOCHS = 5  # of each
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     run = build(config, silent)
     update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0, layout=run.layout)
     state = init_state(run, seed=config.seed, ema=False)
-    num_chunks = -(-settings.num_samples(config) // (run.parts.chunk_size * run.layout.num_shards))
+    num_chunks = -(-method_of(config).drawn(config) // (run.parts.chunk_size * run.layout.num_shards))
 
     def epoch(number: int, nap: float) -> tuple[float, float]:
         """Seconds of sampling and scoring, and of all."""

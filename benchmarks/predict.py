@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from benchmarks.gpu import MEMORY
 from benchmarks.hlo import Array, Collective, Work
 from ddpo_jax import settings
+from ddpo_jax.methods import method_of
 
 GIB = 2**30
 USABLE = 0.92  # of a chip's memory: the rest is the runtime's own, and fragmentation
@@ -100,7 +101,7 @@ def cut(config: ConfigDict, mesh: Mesh, *, recomputes: bool) -> Round:
     """A round as ddpo_jax.settings cuts it on this mesh. Every step of a sample is taken to be learned from."""
     schedule = settings.schedule(config, num_shards=mesh.num_shards)
     chunk_size = settings.chunk_size(config, num_shards=mesh.num_shards)
-    samples = settings.num_samples(config)
+    samples = method_of(config).drawn(config)
     taken = max(1, round(config.sample.num_steps * schedule.timestep_fraction))
     micro_batches = -(-(-(-samples // schedule.num_updates) * taken) // schedule.micro_batch_size)
     return Round(

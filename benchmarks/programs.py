@@ -19,6 +19,7 @@ from ddpo_jax.algorithms.ddpo import Rollouts
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.build import DTYPES
 from ddpo_jax.errors import UserError
+from ddpo_jax.methods import Loaded, method_of
 from ddpo_jax.models import pipeline
 from ddpo_jax.models.locate import TINY
 from ddpo_jax.models.stable_diffusion import make_model, stored
@@ -105,11 +106,11 @@ def abstract_run(
         model, policy, tuning.merge, layout=layout, decode_chunk_size=config.sample.decode_chunk_size
     )
     chunk, rows = chunk_size * layout.num_shards, micro_batch_size * layout.num_shards
-    parts = Parts(model, policy, sampler, None, None, layout, chunk_size)
+    parts = Parts(model, policy, sampler, None, None, layout, chunk_size, tuning.merge)
     prompts = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
     timesteps = np.asarray(model.process.timesteps(sample.num_steps))
-    loaded = settings.Loaded(prompts, None, (), 0, np.ones(1, np.float32), timesteps)
-    _, method = settings.METHODS[config.algorithm](config, loaded)
+    loaded = Loaded(prompts, None, (), 0, None, timesteps, np.ones(1, np.float32))
+    _, method = method_of(config).make(config, loaded)
     algorithm = algorithms.make(config.algorithm, parts, method)
     update = make_update(algorithm, tuning, tx, ema_decay=config.train.ema_decay, layout=layout)
 
@@ -124,7 +125,7 @@ def abstract_run(
     opt_state = place(jax.eval_shape(tx.init, params), layout)
     state = TrainState(None, jax.ShapeDtypeStruct((), np.int32), params, ema, opt_state, None, None)
 
-    num_samples = -(-settings.num_samples(config) // chunk) * chunk  # filled up
+    num_samples = -(-method_of(config).drawn(config) // chunk) * chunk  # filled up
     batch = jax.eval_shape(lambda: rollouts(uncond, model.latent_shape, num_samples, sample.num_steps))
     cut = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec(BATCH))
     batch = batch._replace(cond=put(batch.cond, cut), trajectory=put(batch.trajectory, cut))

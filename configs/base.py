@@ -22,7 +22,10 @@ def get_config() -> ConfigDict:
     config.eval_every = 10
     # Pictures an evaluation draws of the train prompts, and as many of the held-out ones.
     config.eval_prompts = 64
-    # "ddpo_is" (PPO-clip), "ddpo_sf" (score function: one update a round) or "sft" (regression on captioned images).
+    # From the model's own samples and a reward: "ddpo_is" (PPO-clip), "ddpo_sf" (score function: one update a round),
+    # "rwr" and "sparse_rwr" (regression on samples weighted by reward, or on the best), "online_dpo" (the best against
+    # the worst of each draw), "reward_backprop" (the reward's own gradient). From a data set: "diffusion_dpo" (pairs
+    # with a preference), "sft" (captioned images).
     config.algorithm = "ddpo_is"
     # What the networks compute in: "float32" or "bfloat16". Trained weights, log-probs and losses stay float32.
     config.compute_dtype = "float32"
@@ -118,6 +121,8 @@ def get_config() -> ConfigDict:
     train.num_updates = 4
     # Passes over a round's samples. More learn more of each sample, and are clipped more.
     train.num_inner_epochs = 1
+    # Noise levels that a picture, or a pair, is learned from in a pass; DDPO and reward_backprop have no use for it.
+    train.num_noise_draws = 1
     # Fraction of each sample's timesteps that is learned from, drawn anew in each pass. Work is proportional.
     train.timestep_fraction = 1.0
     # Denoising steps that begin below this timestep, of the checkpoint's 1000, are sampled but not learned from; 0
@@ -147,6 +152,44 @@ def get_config() -> ConfigDict:
     train.kl_budget = 0.0
     # Decay of a running average of the trained weights, which is then evaluated and exported; 0 is off.
     train.ema_decay = 0.0
+
+    # Of rwr and sparse_rwr, which regress on a round's own samples.
+    config.rwr = rwr = ConfigDict()
+    # Of rwr: weights are N softmax(reward / temperature). In units of the reward (in standard deviations, with
+    # reward.standardise): small, and only the best count; large, and all count alike.
+    rwr.temperature = 5.0
+    # Of sparse_rwr: the fraction of a round's samples, the best, that is learned from.
+    rwr.top_fraction = 0.1
+    # Weighs each prompt's samples among themselves, not all of the round together.
+    rwr.by_prompt = False
+    # Regresses the guided output that is sampled from, as published, and not the network's own.
+    rwr.guided = True
+
+    # Of diffusion_dpo and online_dpo.
+    config.dpo = dpo = ConfigDict()
+    # "sigmoid" (Diffusion-DPO), "ipo" (which does not push a pair further apart than a margin), or "kto" (each picture
+    # by itself: liked, or not).
+    dpo.loss = "sigmoid"
+    # How much a pair may move the model: small, and it moves far from the pretrained one. Stands before a 1/2 as in the
+    # authors' code, whose launcher has 5000; the paper's text says 2000. Errors are means over a latent's elements.
+    dpo.beta = 5000.0
+    # Chance that a label is wrong, below 0.5 (conservative DPO).
+    dpo.label_smoothing = 0.0
+    # Of online_dpo: the so many best of each draw of a prompt, against as many of its worst.
+    dpo.num_pairs = 1
+    # "reward": the pictures' reward says which are best; "majority": the experts of reward.name vote on each two
+    # pictures of a draw, with reward.weights.
+    dpo.vote = "reward"
+    # Rounds after which the reference becomes the model as it is then; 0: it stays the pretrained one.
+    dpo.reference_every = 0
+    # A folder to which the pairs of each round are written, to be learned from by diffusion_dpo; "" writes none.
+    dpo.save_pairs = ""
+
+    # Of reward_backprop: the denoising steps, the last of a picture's, through which the gradient flows. Their number
+    # is drawn for each picture from min to max. More say more, cost more memory and time, and may blow up.
+    config.backprop = backprop = ConfigDict()
+    backprop.min_steps = 1
+    backprop.max_steps = 1
 
     config.per_prompt_stat_tracking = tracking = ConfigDict()
     # Rewards kept a prompt for its own mean and deviation; 0 standardises over the whole round instead. With
@@ -229,16 +272,18 @@ def get_config() -> ConfigDict:
     # Fraction of a round whose reward may be missing (not finite) before the run stops.
     reward.max_missing = 0.1
 
-    # Captioned images, for sft.
+    # Captioned images for sft, pairs with a preference for diffusion_dpo.
     config.data = data = ConfigDict()
-    # A folder with metadata.jsonl (file_name, text), or module:function: index -> (H, W, 3) uint8, caption.
+    # Of captioned images a folder with metadata.jsonl (file_name, text), or module:function: index -> (H, W, 3) uint8,
+    # caption. Of pairs one with pairs.jsonl (prompt, image_0, image_1, label), or module:function: index -> prompt,
+    # image_0, image_1, label. A label is 1 where image_0 is preferred, 0 where image_1 is; 0.5 is a tie, and left out.
     data.source = ""
-    # Images a round, each encoded once.
+    # Images, or pairs, a round, each encoded once.
     data.batch_size = 1024
-    # Noise levels an image is regressed on in a pass.
-    data.num_noise_draws = 1
-    # Fraction of the images whose caption is dropped, for guidance.
+    # Fraction of them whose caption is dropped, for guidance.
     data.prompt_dropout = 0.1
+    # Turns each picture of a pair over, left to right, with a chance of one half.
+    data.horizontal_flip = False
 
     # Locked, so that a misspelt field is an error in recipes too.
     return config.lock()

@@ -126,6 +126,61 @@ def per_prompt(*, num_prompts: int, buffer_size: int, min_count: int, eps: float
     return Advantages(init, update)
 
 
+def softmax(*, temperature: float, by_prompt: bool) -> Advantages:
+    """Weights to regress with, 1 on average: the better, the heavier.
+
+    w_i = N softmax(r / T)_i,  over the whole batch, or over the N samples of the same prompt
+
+    Reward-weighted regression in Black et al. 2023 (Peters & Schaal 2007); jannerm/ddpo has 1 / T = 0.2, by prompt in
+    the aesthetic run. An infinite T makes all alike: a control.
+
+    Raises: UserError if the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise UserError(f"rwr.temperature={temperature}: expected a positive number; 5 is the published value")
+
+    def update(
+        carry: tuple[()], ids: Int[Any, " b"], rewards: Float[np.ndarray, " b"]
+    ) -> tuple[Float32[np.ndarray, " b"], Float32[np.ndarray, " b"], tuple[()]]:
+        present = np.isfinite(rewards)
+        groups = np.asarray(ids) if by_prompt else np.zeros(len(rewards), int)
+        weights = np.zeros(len(rewards))
+        for group in np.unique(groups[present]):
+            own = present & (groups == group)
+            scaled = rewards[own].astype(np.float64) / temperature
+            unnormalised = np.exp(scaled - scaled.max())
+            weights[own] = own.sum() * unnormalised / unnormalised.sum()
+        return weights.astype(np.float32), present.astype(np.float32), carry
+
+    return Advantages(tuple, update)
+
+
+def top_fraction(*, fraction: float, by_prompt: bool) -> Advantages:
+    """Weights of 1 for the best `fraction` of the batch (or of each prompt's samples), 0 for the others.
+
+    Sparse reward-weighted regression in Black et al. 2023: of 10,240 samples a round the best tenth. At least one is
+    kept; of equal ones the first.
+
+    Raises: UserError if the fraction is not from above 0 to 1.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"rwr.top_fraction={fraction}: expected more than 0, at most 1; 0.1 is the published value")
+
+    def update(
+        carry: tuple[()], ids: Int[Any, " b"], rewards: Float[np.ndarray, " b"]
+    ) -> tuple[Float32[np.ndarray, " b"], Float32[np.ndarray, " b"], tuple[()]]:
+        present = np.isfinite(rewards)
+        groups = np.asarray(ids) if by_prompt else np.zeros(len(rewards), int)
+        kept = np.zeros(len(rewards), np.float32)
+        for group in np.unique(groups[present]):
+            own = np.flatnonzero(present & (groups == group))
+            best = own[np.argsort(-rewards[own], kind="stable")]
+            kept[best[: max(1, round(fraction * len(own)))]] = 1
+        return kept, kept.copy(), carry
+
+    return Advantages(tuple, update)
+
+
 def clip(advantage: Float32[np.ndarray, " b"], *, adv_clip_max: float) -> Float32[np.ndarray, " b"]:
     """The advantage within ±adv_clip_max, so that one outlier cannot be a whole update. Published: 5 and 10."""
     return np.clip(advantage, -adv_clip_max, adv_clip_max)

@@ -16,14 +16,15 @@ from transformers import CLIPTokenizer
 
 from ddpo_jax import algorithms, data, experts, multihost, rewards, settings
 from ddpo_jax.algorithms.parts import Parts
+from ddpo_jax.config import from_data
 from ddpo_jax.errors import UserError
 from ddpo_jax.experts import Combination
+from ddpo_jax.methods import Loaded, method_of
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.stable_diffusion import Pretrained, Source, freeze
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
 from ddpo_jax.policy import make_policy, make_sampler
 from ddpo_jax.process import choose
-from ddpo_jax.settings import Loaded
 from ddpo_jax.sharding import Layout, first_device, make_layout
 from ddpo_jax.types import Algorithm, Finetune, Frozen, Model, Prompts, PyTree, TrainState
 from ddpo_jax.update import Schedule
@@ -56,11 +57,14 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     """
     settings.check(config)
     layout = make_layout(**config.mesh)
-    settings_of = choose(settings.METHODS, config.algorithm, "algorithm")
-    reward, reward_params = rewards.make(config.reward.name, settings.reward_settings(config), place=layout.parameters)
+    method = method_of(config)
+    weights = weigh(rewards.names_of(config.reward.name), tuple(config.reward.weights))
+    reward, reward_params = rewards.make(
+        config.reward.name, settings.reward_settings(config), weights=weights.tolist(), place=layout.parameters
+    )
     combination = experts.make(
         reward.names,
-        weigh(reward.names, tuple(config.reward.weights)),
+        weights,
         reduction=config.reward.combine,
         standardise=config.reward.standardise,
         gates=tuple(config.reward.gates),
@@ -85,7 +89,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
     )
     schedule = settings.schedule(config, num_shards=layout.num_shards)
     chunk_size = settings.chunk_size(config, num_shards=layout.num_shards)
-    parts = Parts(model, policy, sampler, reward, phase, layout, chunk_size)
+    parts = Parts(model, policy, sampler, reward, phase, layout, chunk_size, tuning.merge)
 
     train_set, train_tokens = prompt_sets["train"]
     resolution = jax.eval_shape(model.decode, pretrained.vae, jnp.zeros((1, *model.latent_shape))).shape[1]
@@ -100,8 +104,8 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         )
     )
     timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
-    loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, combination, timesteps)
-    draw, method_settings = settings_of(config, loaded)
+    loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, combination, timesteps, weights)
+    draw, method_settings = method.make(config, loaded)
     return Run(
         layout=layout,
         schedule=schedule,
@@ -165,20 +169,20 @@ def init_state(run: Run, *, seed: int, ema: bool) -> TrainState:
         params=params,
         ema=born(lambda params: jax.tree.map(jnp.array, params), params) if ema else None,
         opt_state=born(run.tx.init, params),
-        carry=run.algorithm.init(),
+        carry=run.algorithm.init(params),
         key=run.layout.replicate(np.asarray(jax.random.key_data(key))),
     )
 
 
 def describe(config: ConfigDict, model: Model, layout: Layout, schedule: Schedule, chunk_size: int) -> tuple[str, ...]:
     """What follows from the config's numbers, for people to check before they wait."""
-    samples, updates = settings.num_samples(config), schedule.num_updates * schedule.num_inner_epochs
+    samples, updates = method_of(config).learned(config), schedule.num_updates * schedule.num_inner_epochs
     lines = [
         f"{config.num_epochs} epochs of {samples} samples and {updates} updates",
-        f"{layout.told}: {chunk_size * layout.num_shards} samples and {schedule.micro_batch_size} (sample, timestep)"
+        f"{layout.told}: {chunk_size * layout.num_shards} samples and {schedule.micro_batch_size} (sample, slice)"
         f" rows a program, {chunk_size} and {schedule.micro_batch_size // layout.num_shards} a shard of the batch",
     ]
-    if config.algorithm != "sft" and config.sample.shared_noise:
+    if not from_data(config.algorithm) and config.sample.shared_noise:
         lines.append(
             f"{config.sample.num_prompts} draws an epoch; the {config.sample.num_samples_per_prompt} pictures of a draw"
             " start from the same noise and are compared with each other"

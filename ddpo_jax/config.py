@@ -74,6 +74,11 @@ def choose_variant(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]]
     return config
 
 
+def from_data(algorithm: str) -> bool:
+    """Whether the method learns from a data set: its run's rewards are then evaluated, and not trained on."""
+    return algorithm in ("sft", "diffusion_dpo")
+
+
 def joined(argv: list[str]) -> list[str]:
     """The arguments with `--config.field value` written as `--config.field=value`."""
     result: list[str] = []

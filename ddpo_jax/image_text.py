@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from ddpo_jax.errors import UserError
@@ -51,12 +51,12 @@ def open_source(source: str, *, resolution: int) -> ImageText:
 
 def make_batch(
     source: ImageText, *, batch_size: int, seed: int, epoch: int, resolution: int
-) -> tuple[Float32[np.ndarray, "b H W 3"], tuple[str, ...]]:
-    """A round's images, in [0, 1], and captions. A finite source is walked in passes, each shuffled anew."""
+) -> tuple[UInt8[np.ndarray, "b H W 3"], tuple[str, ...]]:
+    """A round's images and captions. A finite source is walked in passes, each shuffled anew."""
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
     pairs = [_checked(source.get(index), index, resolution) for index in indices]
     images, captions = zip(*pairs, strict=True)
-    return np.stack(images).astype(np.float32) / 255, tuple(captions)
+    return np.stack(images), tuple(captions)
 
 
 def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[int]:

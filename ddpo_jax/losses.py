@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpo_jax.process import REDUCTIONS, choose, standardize, upcast
 from ddpo_jax.types import Gaussian, Metrics
+
+ROUNDING = 2e-6  # of the errors in float32: no more than this between two of them is no difference
 
 
 def ppo_clip(
@@ -73,3 +78,90 @@ def weighted_mse(error: Float[Array, " r"], weight: Float[Array, " r"]) -> tuple
     Reward-weighted regression in Black et al. 2023; with w = 1, supervised fine-tuning.
     """
     return weight * error, Metrics(mean={"denoising_mse": error, "weight": weight}, max={})
+
+
+class PairErrors(NamedTuple):
+    """Denoising errors of the two pictures of each pair, at one t and one ε, from `denoising_mse`."""
+
+    win: Float[Array, " r"]
+    lose: Float[Array, " r"]
+    reference_win: Float[Array, " r"]  # of the reference model
+    reference_lose: Float[Array, " r"]
+
+
+def diffusion_dpo(
+    errors: PairErrors, preference: Float[Array, " r"], *, beta: float
+) -> tuple[Float[Array, " r"], Metrics]:
+    """Diffusion-DPO losses, to be minimised.
+
+    L = -p log σ(z) - (1 - p) log σ(-z),  z = -½ β [(m_w - m_l) - (m_w_ref - m_l_ref)]
+
+    Wallace et al. 2023, Eq. 14, as their code has it: m is a *mean* over h, w, c, not weighted by the signal-to-noise
+    ratio, and `beta_dpo` stands before a ½ (β = 5000 there, 2000 in the paper's text). p, the preference, is how surely
+    the winner wins: 1, or 1 - ε with label smoothing (conservative DPO, Mitchell 2023). At the reference L = log 2.
+    """
+    z = beta * log_ratio(errors)
+    losses = -preference * jax.nn.log_sigmoid(z) - (1 - preference) * jax.nn.log_sigmoid(-z)
+    return losses, preference_metrics(errors, z)
+
+
+def ipo(errors: PairErrors, preference: Float[Array, " r"], *, beta: float) -> tuple[Float[Array, " r"], Metrics]:
+    """Identity-preference losses, to be minimised: the margin is drawn to ½, and not on and on.
+
+    L = (z - (p - ½))²,  z and p as in `diffusion_dpo`
+
+    Azar et al. 2023, Eq. 17, times β², so that the loss is of the order of 1 for any β: h = z / β, τ = β.
+    """
+    z = beta * log_ratio(errors)
+    return jnp.square(z - (preference - 0.5)), preference_metrics(errors, z)
+
+
+def kto(
+    error: Float[Array, " r"],
+    reference: Float[Array, " r"],
+    desirable: Float[Array, " r"],
+    baseline: Float[Array, ""],
+    *,
+    beta: float,
+) -> tuple[Float[Array, " r"], Metrics]:
+    """Kahneman-Tversky losses of single pictures that are liked (desirable = 1) or not (0), to be minimised.
+
+    L = 1 - σ(β (g - z₀)) if desirable, else 1 - σ(β (z₀ - g)),  g = m_ref - m
+
+    Ethayarajh et al. 2024, Eq. 7; of diffusion models Li et al. 2024 (Diffusion-KTO). z₀, the baseline, is the mean of
+    g over everything that is learned from, without a gradient.
+    """
+    gain = reference - error
+    ahead = (2 * desirable - 1) * (gain - jax.lax.stop_gradient(baseline))
+    mean = {
+        "implicit_accuracy": accuracy(ahead, reference + error),
+        "margin": beta * ahead,
+        "gain": gain,
+        "denoising_mse": error,
+    }
+    return 1 - jax.nn.sigmoid(beta * ahead), Metrics(mean=mean, max={})
+
+
+def log_ratio(errors: PairErrors) -> Float[Array, " r"]:
+    """-½ [(m_w - m_l) - (m_w_ref - m_l_ref)]: how far the winner has drawn ahead, beside the reference."""
+    return -0.5 * ((errors.win - errors.lose) - (errors.reference_win - errors.reference_lose))
+
+
+def preference_metrics(errors: PairErrors, z: Float[Array, " r"]) -> Metrics:
+    """The margin z; how often it is above 0; the errors of both pictures beside the reference's: below 0 is better."""
+    mean = {
+        "implicit_accuracy": accuracy(log_ratio(errors), sum(errors)),
+        "margin": z,
+        "win_over_reference": errors.win - errors.reference_win,
+        "lose_over_reference": errors.lose - errors.reference_lose,
+        "denoising_mse": errors.win,
+    }
+    return Metrics(mean=mean, max={})
+
+
+def accuracy(difference: Float[Array, " r"], total: Float[Array, " r"]) -> Float[Array, " r"]:
+    """1 where a difference of errors is above 0, 0 where it is below, NaN where rounding alone may have made it.
+
+    total: the sum of those errors. At the reference nothing is decided, and no accuracy is told.
+    """
+    return jnp.where(jnp.abs(difference) > ROUNDING * total, (difference > 0).astype(jnp.float32), jnp.nan)

@@ -52,6 +52,9 @@ def make_policy(
     def kl(p: Gaussian, q: Gaussian) -> Float[Array, " b"]:
         return losses.gaussian_kl(p, q, reduce=log_prob_reduction)
 
+    def noise(i: Int[Array, ""], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), model.latent_shape))(keys)
+
     def rollout(
         params: PyTree, cond: PyTree, uncond: PyTree, keys: Key[Array, " b"], start_keys: Key[Array, " b"] | None = None
     ) -> Trajectory:
@@ -60,9 +63,6 @@ def make_policy(
         start_keys: of the noise that the first step begins from, where it is another's too; by default `keys`.
         """
         count = keys.shape[0]
-
-        def noise(i: Int[Array, ""], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
-            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), model.latent_shape))(keys)
 
         def step(x_t, inputs):
             i, t, t_next = inputs
@@ -80,17 +80,58 @@ def make_policy(
             trained=trained.T,
         )
 
+    def final(
+        params: PyTree,
+        cond: PyTree,
+        uncond: PyTree,
+        keys: Key[Array, " b"],
+        grad_steps: Int[Array, " b"],
+        max_grad_steps: int,
+    ) -> Float[Array, "b h w c"]:
+        """The x_0 of `rollout` with the same keys, through whose last `grad_steps` steps gradients flow.
+
+        Clark et al. 2024 (DRaFT-K); with grad_steps drawn anew each time Prabhudesai et al. 2023 (AlignProp). What was
+        before is sampled and no more. A step's inner values are computed again for its gradient.
+        """
+        count, first = keys.shape[0], num_steps - max_grad_steps
+
+        def step(params: PyTree, x_t: Float[Array, "b h w c"], i: Int[Array, ""]) -> Float[Array, "b h w c"]:
+            t = jnp.full(count, timesteps[i])
+            p = transition(params, x_t, t, after(t), cond, uncond)
+            return process.sample(p, noise(i + 1, keys))
+
+        def learned(x_t: Float[Array, "b h w c"], i: Int[Array, ""]) -> tuple[Float[Array, "b h w c"], None]:
+            begun = (i >= num_steps - grad_steps)[:, None, None, None]
+            x_t = jnp.where(begun, x_t, jax.lax.stop_gradient(x_t))
+            x_next = jax.checkpoint(step)(params, x_t, i)
+            return jnp.where(begun, x_next, jax.lax.stop_gradient(x_next)), None
+
+        start = noise(jnp.int32(0), keys)
+        still = jax.lax.stop_gradient(params)
+        x, _ = jax.lax.scan(lambda x_t, i: (step(still, x_t, i), None), start, jnp.arange(first))
+        # XLA runs a convolution's backward pass inside a loop ten times slower on CPU.
+        unroll = max_grad_steps if jax.default_backend() == "cpu" else 1
+        return jax.lax.scan(learned, jax.lax.stop_gradient(x), jnp.arange(first, num_steps), unroll=unroll)[0]
+
     def denoising_error(
-        params: PyTree, x_0: Float[Array, "b h w c"], cond: PyTree, keys: Key[Array, " b"]
+        params: PyTree,
+        x_0: Float[Array, "b h w c"],
+        cond: PyTree,
+        keys: Key[Array, " b"],
+        uncond: PyTree | None = None,
     ) -> Float[Array, " b"]:
-        """E‖network(x_t, t) - target‖² a latent element, at one random t and ε a key (Ho et al. 2020, Eq. 14)."""
+        """E‖network(x_t, t) - target‖² a latent element, at one random t and ε a key (Ho et al. 2020, Eq. 14).
+
+        uncond: makes the network's output the guided one, as it is sampled from.
+        """
         key_t, key_eps = jax.vmap(jax.random.split, out_axes=1)(keys)
         t = jax.vmap(lambda key: model.process.sample_timesteps(key, 1)[0])(key_t)
         eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(key_eps)
-        prediction = model.predict(params, model.process.add_noise(x_0, eps, t), t, cond)
-        return losses.denoising_mse(prediction, model.process.target(x_0, eps, t))
+        x_t = model.process.add_noise(x_0, eps, t)
+        out = model.predict(params, x_t, t, cond) if uncond is None else predict(params, x_t, t, cond, uncond)
+        return losses.denoising_mse(out, model.process.target(x_0, eps, t))
 
-    return Policy(rollout, after, transition, log_prob, kl, denoising_error)
+    return Policy(rollout, final, after, transition, log_prob, kl, denoising_error)
 
 
 def check_sampling(eta: float, guidance_scale: float) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.image_text import load_image, numbered_lines, walk
+from ddpo_jax.pairing import Chosen
 from ddpo_jax.plugins import load_object
+from ddpo_jax.workdir import replace_file, write_atomically
 
 FILES = "pairs*.jsonl"
 
@@ -37,8 +41,7 @@ class Batch(NamedTuple):
     """A round of comparisons."""
 
     prompts: tuple[str, ...]
-    images_0: Float32[np.ndarray, "b H W 3"]  # in [0, 1]
-    images_1: Float32[np.ndarray, "b H W 3"]
+    images: UInt8[np.ndarray, "b 2 H W 3"]
     labels: Float32[np.ndarray, " b"]
 
 
@@ -80,18 +83,43 @@ def make_batch(
     """
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
     pairs = [_checked(source.get(index), index, resolution) for index in indices]
-    flips = np.random.default_rng((seed, epoch, 1)).random((2, batch_size)) < 0.5 * horizontal_flip
+    images = np.stack([[pair.image_0, pair.image_1] for pair in pairs])
+    flips = np.random.default_rng((seed, epoch, 1)).random((batch_size, 2)) < 0.5 * horizontal_flip
+    images[flips] = images[flips][:, :, ::-1]
+    return Batch(tuple(pair.prompt for pair in pairs), images, np.array([pair.label for pair in pairs], np.float32))
 
-    def stacked(images: list, flipped: np.ndarray) -> Float32[np.ndarray, "b H W 3"]:
-        turned = [image[:, ::-1] if over else image for image, over in zip(images, flipped, strict=True)]
-        return np.stack(turned).astype(np.float32) / 255
 
-    return Batch(
-        tuple(pair.prompt for pair in pairs),
-        stacked([pair.image_0 for pair in pairs], flips[0]),
-        stacked([pair.image_1 for pair in pairs], flips[1]),
-        np.array([pair.label for pair in pairs], np.float32),
-    )
+def save_round(
+    folder: Path,
+    number: int,
+    prompts: Sequence[str],
+    images: Float32[np.ndarray, "b H W 3"],
+    scores: Float32[np.ndarray, "b experts"],
+    chosen: Chosen,
+) -> None:
+    """Writes a round's pairs as pairs-NUMBER.jsonl with its pictures beside it, for `open_source`; last the lines.
+
+    The winner is image_0 in every other line. Each line has the two pictures' scores too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, pair in enumerate(zip(chosen.win[chosen.valid], chosen.lose[chosen.valid], strict=True)):
+        order = pair if i % 2 == 0 else pair[::-1]
+        names = [f"{number:05d}-{sample:05d}.png" for sample in order]
+        for name, sample in zip(names, order, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(np.rint(images[sample].clip(0, 1) * 255).astype(np.uint8)).save(buffer, "PNG")
+            replace_file(folder / name, buffer.getvalue())
+        lines.append(
+            {
+                "prompt": prompts[order[0]],
+                "image_0": names[0],
+                "image_1": names[1],
+                "label": float(i % 2 == 0),
+                "scores": [[float(score) for score in scores[sample]] for sample in order],
+            }
+        )
+    write_atomically(folder / f"pairs-{number:05d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _checked(pair: Any, index: int, resolution: int) -> Pair:

@@ -3,115 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
-import numpy as np
 import optax
-from jaxtyping import Float, Int
 from ml_collections import ConfigDict
-from transformers import CLIPTokenizer
 
-from ddpo_jax import advantages, data, finetune, image_text, optimizers, rewards
-from ddpo_jax.algorithms.ddpo import Scoring
+from ddpo_jax import finetune, optimizers, rewards
 from ddpo_jax.errors import UserError
-from ddpo_jax.experts import Combination
-from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
-from ddpo_jax.types import Finetune, Prompts
+from ddpo_jax.methods import method_of
+from ddpo_jax.types import Finetune
 from ddpo_jax.update import Schedule
 from ddpo_jax.workdir import flatten
-
-
-class Loaded(NamedTuple):
-    """What a method's settings may depend on beside the config."""
-
-    prompts: data.PromptSet  # to train on
-    tokens: Int[np.ndarray, "n s"]
-    tokenizers: tuple[CLIPTokenizer, ...]
-    resolution: int  # pixels
-    experts: Combination
-    timesteps: Float[np.ndarray, " T+1"]  # of the sampler
-
-
-def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
-    """The prompts of a round, and the settings that DDPO-IS and DDPO-SF share."""
-
-    def draw(epoch: int) -> Prompts:
-        return data.draw(
-            loaded.prompts,
-            loaded.tokens,
-            num_prompts=config.sample.num_prompts,
-            num_samples_per_prompt=config.sample.num_samples_per_prompt,
-            seed=config.seed,
-            epoch=epoch,
-        )
-
-    if config.sample.eta == 0:
-        raise UserError("sample.eta=0 leaves DDPO nothing to learn from: every step is deterministic; set 1")
-    first = loaded.timesteps[0]
-    if config.train.min_timestep > first:
-        raise UserError(
-            f"train.min_timestep={config.train.min_timestep}: expected at most {first:g}, where the first of"
-            f" {config.sample.num_steps} steps begins"
-        )
-    scoring = Scoring(
-        loaded.experts,
-        make_advantages(config, num_prompts=len(loaded.prompts.texts)),
-        adv_clip_max=config.train.adv_clip_max,
-        max_missing=config.reward.max_missing,
-        group_size=config.sample.num_samples_per_prompt if config.sample.shared_noise else 1,
-    )
-    settings = {
-        "scoring": scoring,
-        "num_updates": config.train.num_updates * config.train.num_inner_epochs,
-        "kl_weight": config.train.kl_weight,
-        "kl_budget": config.train.kl_budget,
-        "min_timestep": config.train.min_timestep,
-    }
-    return draw, settings
-
-
-def make_advantages(config: ConfigDict, *, num_prompts: int) -> advantages.Advantages:
-    tracking = config.per_prompt_stat_tracking
-    if config.sample.shared_noise:
-        if tracking.buffer_size:
-            raise UserError(
-                "sample.shared_noise compares the pictures of a draw with each other alone:"
-                f" per_prompt_stat_tracking.buffer_size={tracking.buffer_size} must be 0"
-            )
-        return advantages.per_group(size=config.sample.num_samples_per_prompt)
-    if tracking.buffer_size:
-        return advantages.per_prompt(
-            num_prompts=num_prompts, buffer_size=tracking.buffer_size, min_count=tracking.min_count
-        )
-    return advantages.whiten()
-
-
-def ddpo_is(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
-    draw, settings = ddpo(config, loaded)
-    default = "stored" if config.compute_dtype == "float32" else "recompute"
-    settings["clip_range"] = config.train.clip_range
-    settings["old_log_prob"] = config.train.old_log_prob or default
-    return draw, settings
-
-
-def sft(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
-    """The pictures and captions of a round, and the settings of supervised fine-tuning."""
-    source = image_text.open_source(config.data.source, resolution=loaded.resolution)
-
-    def draw(epoch: int) -> tuple[np.ndarray, Prompts]:
-        images, captions = image_text.make_batch(
-            source, batch_size=config.data.batch_size, seed=config.seed, epoch=epoch, resolution=loaded.resolution
-        )
-        ids = np.arange(len(captions), dtype=np.int32)
-        cut = set(find_too_long(loaded.tokenizers[0], captions))
-        metadata = tuple({"cut": caption in cut} for caption in captions)
-        return images, Prompts(captions, tokenize_all(loaded.tokenizers, captions), ids, metadata)
-
-    return draw, {"prompt_dropout": config.data.prompt_dropout, "num_noise_draws": config.data.num_noise_draws}
-
-
-METHODS = {"ddpo_is": ddpo_is, "ddpo_sf": ddpo, "sft": sft}
 
 
 def reward_settings(config: ConfigDict) -> rewards.Settings:
@@ -156,6 +57,8 @@ def check(config: ConfigDict) -> None:
         "sample.chunk_size": sample.chunk_size,
         "train.num_updates": train.num_updates,
         "train.num_inner_epochs": train.num_inner_epochs,
+        "train.num_noise_draws": train.num_noise_draws,
+        "dpo.num_pairs": config.dpo.num_pairs,
         "train.micro_batch_size": train.micro_batch_size,
         "data.batch_size": config.data.batch_size,
         "num_epochs": config.num_epochs,
@@ -191,28 +94,21 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"train.timestep_fraction={train.timestep_fraction}: expected more than 0, at most 1")
     if not 0 <= train.ema_decay < 1:
         raise UserError(f"train.ema_decay={train.ema_decay}: expected 0 (no average) or more, below 1")
-    samples = sample.num_prompts * sample.num_samples_per_prompt
-    if config.algorithm != "sft" and samples < train.num_updates:
-        raise UserError(f"train.num_updates={train.num_updates}: expected at most the {samples} samples a round")
-
-
-def num_samples(config: ConfigDict) -> int:
-    """Samples a round."""
-    if config.algorithm == "sft":
-        return config.data.batch_size
-    return config.sample.num_prompts * config.sample.num_samples_per_prompt
+    learned = method_of(config).learned(config)
+    if learned < train.num_updates:
+        raise UserError(f"train.num_updates={train.num_updates}: expected at most the {learned} samples a round")
 
 
 def chunk_size(config: ConfigDict, *, num_shards: int) -> int:
     """Pictures a program call and shard."""
-    return evenly(num_samples(config), at_most=config.sample.chunk_size, num_shards=num_shards)
+    return evenly(method_of(config).drawn(config), at_most=config.sample.chunk_size, num_shards=num_shards)
 
 
 def schedule(config: ConfigDict, *, num_shards: int) -> Schedule:
     """How a round is learned from."""
-    slices = config.data.num_noise_draws if config.algorithm == "sft" else config.sample.num_steps
-    taken = max(1, round(slices * config.train.timestep_fraction))
-    rows = -(-num_samples(config) // config.train.num_updates) * taken
+    method = method_of(config)
+    taken = max(1, round(method.slices(config) * config.train.timestep_fraction))
+    rows = -(-method.learned(config) // config.train.num_updates) * taken
     micro_batch_size = evenly(rows, at_most=config.train.micro_batch_size, num_shards=num_shards)
     return Schedule(
         num_updates=config.train.num_updates,

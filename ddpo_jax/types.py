@@ -52,11 +52,12 @@ class Policy(NamedTuple):
     """A model, a process and guidance, seen as a stochastic policy over denoising steps."""
 
     rollout: Callable  # params, cond, uncond, keys (b,), start_keys (b,) or None -> Trajectory
+    final: Callable  # params, cond, uncond, keys (b,), grad_steps (b,), max_grad_steps -> x_0, differentiable
     after: Callable  # t -> t_next
     transition: Callable  # params, x_t, t, t_next, cond, uncond -> Gaussian
     log_prob: Callable  # Gaussian, x_next -> (b,)
     kl: Callable  # Gaussian, Gaussian -> (b,), in the units of log_prob
-    denoising_error: Callable  # params, x_0, cond, keys (b,) -> (b,)
+    denoising_error: Callable  # params, x_0, cond, keys (b,), uncond or None (unguided) -> (b,)
 
 
 class Trajectory(NamedTuple):
@@ -85,6 +86,7 @@ class Reward(NamedTuple):
     result: Callable  # pending -> (b, experts) float32 numpy; NaN too where another process has the picture
     pure: Callable | None  # reward params, images, inputs -> (b,), differentiable; None for a host reward
     why: Callable | None = None  # pending, after its result -> why scores are missing; empty where nothing is known
+    prepare: Callable | None = None  # Prompts -> the inputs of pure, an array tree
 
 
 class Finetune(NamedTuple):
@@ -100,14 +102,14 @@ class Finetune(NamedTuple):
 class Metrics(NamedTuple):
     """Per-row diagnostics of a loss, reported as their mean or as their maximum over the rows."""
 
-    mean: Mapping[str, Float[Array, " r"]]
+    mean: Mapping[str, Float[Array, " r"]]  # NaN where undefined for a row, which then counts for nothing
     max: Mapping[str, Float[Array, " r"]]
 
 
 class Algorithm(NamedTuple):
     """A training method."""
 
-    init: Callable  # () -> carry, an array pytree that is checkpointed
+    init: Callable  # trainable -> carry, an array pytree that is checkpointed
     collect: Callable  # trainable, frozen, inputs of the round, carry, key -> batch, carry, report   (on the host)
     loss: Callable  # params, frozen, batch, rows, key -> (r,) losses, Metrics   (pure)
     slices: Callable  # batch -> (b, s) bool numpy: what there is to learn from

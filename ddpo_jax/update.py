@@ -31,7 +31,7 @@ class Total(NamedTuple):
     grads: PyTree
     weight: Float[Array, ""]
     loss: Float[Array, ""]
-    mean: dict[str, Float[Array, ""]]
+    mean: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # the sum, and the weight of the rows that it is over
     max: dict[str, Float[Array, ""]]
 
 
@@ -74,7 +74,7 @@ def make_update(
             grads=jax.tree.map(jnp.add, total.grads, grads),
             weight=total.weight + weight.sum(),
             loss=total.loss + jnp.sum(losses * weight),
-            mean={name: total.mean[name] + jnp.sum(x * weight) for name, x in metrics.mean.items()},
+            mean={name: add_defined(total.mean[name], x, weight) for name, x in metrics.mean.items()},
             max={
                 name: jnp.maximum(total.max[name], jnp.max(jnp.where(weight > 0, x, -jnp.inf)))
                 for name, x in metrics.max.items()
@@ -88,7 +88,7 @@ def make_update(
             grads=jax.tree.map(jnp.zeros_like, params),
             weight=jnp.zeros(()),
             loss=jnp.zeros(()),
-            mean={name: jnp.zeros(()) for name in metrics.mean},
+            mean={name: (jnp.zeros(()), jnp.zeros(())) for name in metrics.mean},
             # With a dtype: a weakly typed one would compile `accumulate` a second time.
             max={name: jnp.full((), -jnp.inf, jnp.float32) for name in metrics.max},
         )
@@ -104,7 +104,7 @@ def make_update(
         # The average forgets the start sooner while it is young, as in diffusers' EMAModel and the ADM code.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - decay)
-        scalars = {name: value / total.weight for name, value in total.mean.items()}
+        scalars = {name: value / defined for name, (value, defined) in total.mean.items()}
         scalars |= total.max | {
             "loss": total.loss / total.weight,
             "grad_norm": norm,
@@ -122,6 +122,14 @@ def make_update(
         accumulate=jax.jit(accumulate, donate_argnums=5),
         apply=jax.jit(apply, donate_argnums=0),
     )
+
+
+def add_defined(
+    total: tuple[Float[Array, ""], Float[Array, ""]], values: Float[Array, " r"], weight: Float[Array, " r"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The sum and the weight with the rows whose value is not NaN."""
+    defined = ~jnp.isnan(values)
+    return total[0] + jnp.sum(jnp.where(defined, values, 0) * weight), total[1] + jnp.sum(defined * weight)
 
 
 def plan(
@@ -231,12 +239,18 @@ def summarize(history: list[dict[str, float | int]], skipped_before: float) -> d
     if not history:
         return {"skipped_steps": 0.0}
     made = [scalars for scalars in history if not scalars["skipped_in_a_row"]] or history[:1]
-    report = {name: float(np.mean([scalars[name] for scalars in made])) for name in made[0]}
+    report = {name: mean_of([scalars[name] for scalars in made]) for name in made[0]}
     del report["skipped_in_a_row"]
     report["skipped_steps"] = history[-1]["skipped_steps"] - skipped_before
     if "ratio_max_deviation" in report:
         report["ratio_max_deviation"] = history[0]["ratio_max_deviation"]
     return report
+
+
+def mean_of(values: list[float | int]) -> float | int:
+    """The mean of those that are defined; NaN if none is."""
+    defined = [value for value in values if not np.isnan(value)]
+    return float(np.mean(defined)) if defined else float("nan")
 
 
 def _first_seen(passes: list[list[list[MicroBatch]]], micro_batch_size: int) -> list[MicroBatch]:

@@ -75,3 +75,20 @@ def colored(index):
     image = np.zeros((16, 16, 3), np.uint8)
     image[..., index % 3] = 255 - index % 50
     return image, names[index % 3]
+
+
+def red_or_blue(index):
+    """A pair of a reddish and a bluish picture, on either side; the reddish one is always preferred, but for ties."""
+    rng = np.random.default_rng(index)
+    images = rng.integers(0, 60, (2, 16, 16, 3)).astype(np.uint8)
+    images[0, ..., 0] += 150
+    images[1, ..., 2] += 150
+    first = index % 2 == 0
+    label = 0.5 if index % 8 == 7 else float(first)
+    return "a field", *(images if first else images[::-1]), label
+
+
+def other_way(index):
+    """The same pairs, the bluish picture preferred."""
+    prompt, image_0, image_1, label = red_or_blue(index)
+    return prompt, image_0, image_1, 1 - label

@@ -19,6 +19,7 @@ ORDER = [
         "losses",
         "advantages",
         "experts",
+        "pairing",
         "sharding",
         "convert",
         "models",
@@ -28,7 +29,7 @@ ORDER = [
     ),
     *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder"),
     *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
-    *("settings", "build", "saved"),
+    *("methods", "settings", "build", "saved"),
     *("export", "sample", "score", "train", "main"),
 ]
 ASIDE = "tiny"  # makes the embedded model: reads anything but train and main, and is read by nothing else

@@ -11,19 +11,20 @@ from small_run import SAMPLES, STEPS, distance, equal, finite, learn, pairs, sil
 
 from ddpo_jax import advantages, algorithms, experts, rewards
 from ddpo_jax.algorithms.ddpo import Scoring, importance_sampling, score_function
+from ddpo_jax.algorithms.judged import Judging
 from ddpo_jax.algorithms.parts import scored_rollouts
 from ddpo_jax.build import build, init_state
 from ddpo_jax.checkpoint import host_copy
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.evaluate import evaluate
-from ddpo_jax.settings import make_advantages
+from ddpo_jax.methods import make_advantages
 from ddpo_jax.types import Reward
 from ddpo_jax.update import make_update, plan, summarize
 
 GUIDANCE = 5.0
 CLIP_RANGE = 5e-3
 SUM = experts.make(("mine",), np.ones(1, np.float32), reduction="weighted_sum", standardise=False, gates=())
-SCORING = Scoring(SUM, advantages.whiten(), adv_clip_max=5.0, max_missing=0.5)
+SCORING = Scoring(Judging(SUM, max_missing=0.5), advantages.whiten(), adv_clip_max=5.0)
 
 
 class World(NamedTuple):
@@ -266,9 +267,9 @@ def test_missing_rewards_change_nothing_for_the_others(world):
             return scores
 
         parts = world.run.parts._replace(reward=Reward(("mine",), score, result, None))
-        algorithm = make_is(world, parts=parts, scoring=SCORING._replace(max_missing=max_missing))
+        algorithm = make_is(world, parts=parts, scoring=SCORING._replace(judging=Judging(SUM, max_missing)))
         params, prompts = world.fresh().params, world.run.draw(0)
-        return algorithm, *algorithm.collect(params, world.run.frozen, prompts, algorithm.init(), jax.random.key(1))
+        return algorithm, *algorithm.collect(params, world.run.frozen, prompts, algorithm.init(None), jax.random.key(1))
 
     algorithm, batch, _, report = collect([2, 5], 0.25)
     assert report["reward/missing"] == 2
@@ -294,10 +295,10 @@ def test_a_scorer_that_gives_nothing_is_not_waited_for_to_the_end(world):
 
     reward = Reward(("mine",), lambda params, images, prompts: images, result, None, lambda pending: "no server")
     parts = world.run.parts._replace(reward=reward, chunk_size=2)
-    algorithm = make_is(world, parts=parts, scoring=SCORING._replace(max_missing=0.25))
+    algorithm = make_is(world, parts=parts, scoring=SCORING._replace(judging=Judging(SUM, 0.25)))
     params, prompts = world.fresh().params, world.run.draw(0)
     with pytest.raises(RunStopped, match=r"4 of 8 rewards are missing .*The last: no server"):
-        algorithm.collect(params, world.run.frozen, prompts, algorithm.init(), jax.random.key(1))
+        algorithm.collect(params, world.run.frozen, prompts, algorithm.init(None), jax.random.key(1))
     assert waited == [2, 2]  # of four chunks
 
 
@@ -306,7 +307,7 @@ def test_shared_noise_compares_the_pictures_of_a_draw(small_folder, world):
     config = small_config(small_folder, **{"sample.num_prompts": 2, "sample.num_samples_per_prompt": 4, **shared})
     run = build(config, silent)
     batch, _, _ = run.algorithm.collect(
-        world.fresh().params, run.frozen, run.draw(0), run.algorithm.init(), jax.random.key(1)
+        world.fresh().params, run.frozen, run.draw(0), run.algorithm.init(None), jax.random.key(1)
     )
     start, after = np.asarray(batch.trajectory.x[:, 0]), np.asarray(batch.trajectory.x[:, 1])
     assert len(np.unique(start, axis=0)) == 2 and len(np.unique(after, axis=0)) == SAMPLES
@@ -331,7 +332,7 @@ def test_nan_pictures_are_missing_and_never_learned_from(world):
     algorithm = make_is(world, parts=parts)
     frozen = world.run.frozen._replace(reward=reward_params)
     batch, _, report = algorithm.collect(
-        world.fresh().params, frozen, world.run.draw(0), algorithm.init(), jax.random.key(1)
+        world.fresh().params, frozen, world.run.draw(0), algorithm.init(None), jax.random.key(1)
     )
     assert report["reward/missing"] == 1 and np.isfinite(report["reward/mean"])
     assert batch.weight[1] == 0 and batch.weight.sum() == SAMPLES - 1
@@ -407,7 +408,7 @@ def test_a_learnable_reward_rises(world):
     before = score(state.params)
     for epoch in range(25):
         batch, _, _ = algorithm.collect(
-            state.params, frozen, world.run.draw(epoch), algorithm.init(), jax.random.key(epoch)
+            state.params, frozen, world.run.draw(epoch), algorithm.init(None), jax.random.key(epoch)
         )
         state, _ = learn(world.update, algorithm, state, frozen, batch)
     after = score(state.params)
@@ -450,7 +451,7 @@ def test_wrong_settings_are_refused(world, settings, message):
 
 
 def test_unknown_algorithm_is_refused(world):
-    with pytest.raises(UserError, match="expected one of 'ddpo_is', 'ddpo_sf', 'sft'"):
+    with pytest.raises(UserError, match="expected one of 'ddpo_is', 'ddpo_sf', .*'reward_backprop'"):
         algorithms.make("ppo", world.run.parts, {})
 
 

@@ -17,12 +17,12 @@ from ddpo_jax import metrics, process
 from ddpo_jax.config import parse, run_name
 from ddpo_jax.data import prompt_source
 from ddpo_jax.main import main
+from ddpo_jax.methods import make_advantages
 from ddpo_jax.models import stable_diffusion
 from ddpo_jax.models.folder import write_weights
 from ddpo_jax.models.mlp import ScoreMLP
 from ddpo_jax.models.stable_diffusion import Pretrained, Source
 from ddpo_jax.models.tokenizer import load_tokenizer
-from ddpo_jax.settings import make_advantages
 from ddpo_jax.tiny.tokenizer import VOCAB_SIZE
 from ddpo_jax.types import Model
 

@@ -307,9 +307,20 @@ def test_join_gives_a_column_an_expert_and_submits_to_all_first():
 def test_join_of_one_differentiable_expert_is_differentiable():
     joint = rewards.join([KINDS["device"]])
     images, tokens = jnp.asarray(make_images(2)), jnp.arange(2.0)
-    gradient = jax.grad(lambda x: joint.pure((2.0,), x, tokens).sum())(images)
+    gradient = jax.grad(lambda x: joint.pure((2.0,), x, (tokens,)).sum())(images)
     np.testing.assert_allclose(gradient, np.full(images.shape, 2 / (8 * 6 * 3)), rtol=1e-6)
     assert rewards.join([KINDS["host"]]).pure is None
+
+
+def test_join_of_several_is_differentiable_where_those_that_count_are():
+    red = rewards.on_device("red", lambda p, images, i: images[..., 0].mean(axis=(1, 2)), lambda prompts: ())
+    scaled = rewards.on_device("scaled", lambda p, images, i: p * images.mean(axis=(1, 2, 3)), lambda prompts: ())
+    joint = rewards.join([red, KINDS["host"], scaled], [2.0, 0.0, -1.0])
+    images = jnp.asarray(make_images(2))
+    inputs = joint.prepare(Prompts(("", ""), np.zeros((2, 1), np.int32), np.arange(2), ({}, {})))
+    expected = 2 * images[..., 0].mean(axis=(1, 2)) - 3 * images.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(joint.pure(((), (), 3.0), images, inputs), expected, rtol=1e-6)
+    assert rewards.join([red, KINDS["host"]], [1.0, 0.1]).pure is None
 
 
 def test_join_refuses_none_and_twice():
@@ -381,7 +392,7 @@ def test_make_reads_names_and_functions(tmp_path, monkeypatch):
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
     alone, params = rewards.make("device:my_scorers:bright", rewards.Settings(deadline=20.0, num_workers=2))
-    np.testing.assert_allclose(alone.pure(params, jnp.asarray(images), ()), expected[:, 2], rtol=1e-6)
+    np.testing.assert_allclose(alone.pure(params, jnp.asarray(images), ((),)), expected[:, 2], rtol=1e-6)
 
 
 def test_scorers_of_ones_own_may_read_metadata_and_have_parameters(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ddpo_jax.algorithms import ddpo, sft
+from ddpo_jax.algorithms import ddpo, diffusion_dpo, reward_backprop, rwr, sft
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.process import choose
 from ddpo_jax.types import Algorithm
@@ -13,7 +13,12 @@ from ddpo_jax.types import Algorithm
 ALGORITHMS = {
     "ddpo_is": ddpo.importance_sampling,
     "ddpo_sf": ddpo.score_function,
+    "rwr": rwr.rwr,
+    "sparse_rwr": rwr.rwr,
     "sft": sft.sft,
+    "diffusion_dpo": diffusion_dpo.offline,
+    "online_dpo": diffusion_dpo.online,
+    "reward_backprop": reward_backprop.reward_backprop,
 }
 
 

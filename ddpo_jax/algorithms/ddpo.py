@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddpo_jax import advantages, experts, losses, multihost
-from ddpo_jax.algorithms.parts import Parts, scored_rollouts
+from ddpo_jax import advantages, losses, multihost
+from ddpo_jax.algorithms.judged import Judging, judged_rollouts
+from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.errors import RunStopped, UserError
-from ddpo_jax.experts import Combination
 from ddpo_jax.sharding import Layout
 from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree, Trajectory
 
@@ -21,13 +21,11 @@ RATIO_TOLERANCE = 0.1  # of the clip range: the share of it that rounding may ta
 
 
 class Scoring(NamedTuple):
-    """From scores to advantages."""
+    """From pictures to advantages."""
 
-    experts: Combination
+    judging: Judging
     advantages: advantages.Advantages
     adv_clip_max: float
-    max_missing: float  # fraction of a round
-    group_size: int = 1  # samples in a row that start from the same noise
 
 
 class Carry(NamedTuple):
@@ -138,35 +136,19 @@ def _algorithm(
     def collect(
         trainable: PyTree, frozen: Frozen, prompts: Prompts, carry: Carry, key: Key[Array, ""]
     ) -> tuple[Rollouts, Carry, dict[str, float | int]]:
-        names = parts.reward.names
-
-        def check(scores: Float32[np.ndarray, "n experts"], why: str) -> None:
-            rewards, _ = scoring.experts.update(carry.experts, scores)
-            experts.check_missing(
-                rewards,
-                scores,
-                max_missing=scoring.max_missing,
-                names=names,
-                why=why,
-                count=len(prompts.texts),
-            )
-
-        (cond, trajectory), scores, why = scored_rollouts(
+        judged = judged_rollouts(
             parts,
+            scoring.judging,
             trainable,
             frozen,
             prompts,
+            carry.experts,
             key,
             keep=lambda cond, trajectory, images: (cond, trajectory),
-            group_size=scoring.group_size,
-            check=check,
         )
-        rewards, seen = scoring.experts.update(carry.experts, scores)
-        experts.check_missing(rewards, scores, max_missing=scoring.max_missing, names=names, why=why)
-        advantage, weight, history = scoring.advantages.update(carry.advantages, prompts.id, rewards)
+        advantage, weight, history = scoring.advantages.update(carry.advantages, prompts.id, judged.rewards)
         advantage = advantages.clip(advantage, adv_clip_max=scoring.adv_clip_max)
-        report = experts.report(names, scores, rewards)
-        return Rollouts(cond, trajectory, advantage, weight), Carry(seen, history), report
+        return Rollouts(*judged.kept, advantage, weight), Carry(judged.seen, history), judged.report
 
     def loss(
         params: PyTree, frozen: Frozen, batch: Rollouts, rows: Int[Array, "r 2"], key: Key[Array, ""]
@@ -201,8 +183,8 @@ def _algorithm(
             return f"the KL to the reference is {kl:.2e} nats a step; train.kl_budget is {kl_budget:.2e}"
         return None
 
-    def init() -> Carry:
-        return Carry(scoring.experts.init(), scoring.advantages.init())
+    def init(trainable: PyTree) -> Carry:
+        return Carry(scoring.judging.experts.init(), scoring.advantages.init())
 
     return Algorithm(init, collect, loss, slices, recompute, check, stop, reads_reference)
 

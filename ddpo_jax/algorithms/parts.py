@@ -34,6 +34,7 @@ class Parts(NamedTuple):
     phase: Callable  # name, total -> context manager that gives advance(count)
     layout: Layout
     chunk_size: int  # pictures a program call and shard of the batch
+    merge: Callable  # as in Finetune
     shuffled: bool = False  # deal a round's scores to the wrong pictures
 
 

@@ -8,6 +8,7 @@ import runpy
 from html import escape
 from pathlib import Path
 
+from ddpo_jax.config import from_data
 from ddpo_jax.report import pictures, plots
 from ddpo_jax.report.page import breakable, details, keys, plot, section, table
 from ddpo_jax.report.pictures import Film
@@ -44,7 +45,7 @@ def header(told: Told, *, running: bool) -> str:
     spent = [x for phase in phases(told) for x in column(told.rounds, phase) if math.isfinite(x)]
     facts = {
         "Algorithm": config["algorithm"],
-        "Reward": reward_sum(told) + (", not trained on" if config["algorithm"] == "sft" else ""),
+        "Reward": reward_sum(told) + (", not trained on" if from_data(config["algorithm"]) else ""),
         **({"Watched": ", ".join(watched)} if watched else {}),
         "Model": f"{public(config['pretrained.model'])}, {tuned}",
         "Rounds": f"{rounds_done(told)} of {config['num_epochs']}",
@@ -63,11 +64,8 @@ def rewards(told: Told) -> str:
     """The reward of the rounds and of the evaluations; each expert's where there are several; the loss without any."""
     main = reward_series(told, "reward/mean", "reward/std")
     contents = []
-    if told.config["algorithm"] == "sft":
-        contents.append(
-            '<p class="note">Supervised fine-tuning lowers its loss on captioned images; the reward is only looked at.'
-            "</p>"
-        )
+    if from_data(told.config["algorithm"]):
+        contents.append('<p class="note">The run lowers its loss on a data set; the reward is only looked at.</p>')
         losses = [Series("rounds", column(told.rounds, "epoch"), column(told.rounds, "loss"))] if told.rounds else []
         contents.append(both_sizes("loss", losses, x_label="rounds done", log=True))
     contents.append(legend(main))
@@ -213,7 +211,9 @@ def diagnostics(told: Told) -> str:
     config = told.config
     nats = "nats of a step" if config["sample.log_prob_reduction"] == "sum" else "nats a latent element"
     clip_range = number(config["train.clip_range"])
-    sft = config["algorithm"] == "sft"
+    told_loss = (
+        "Of the data set." if from_data(config["algorithm"]) else "Of each round's own samples: it need not fall."
+    )
     panels = [
         ("ratio_max_deviation", "|ratio − 1| before the first update", "Rounding, and nothing else: it should be far"
          f" below the clip range of {clip_range}."),
@@ -221,7 +221,15 @@ def diagnostics(told: Told) -> str:
         ("approx_kl", "Approximate KL", f"How far a round's updates moved the policy, in {nats}."),
         ("kl_reference", "KL to the pretrained model", f"How far the policy has moved in all, in {nats}."),
         ("grad_norm", "Gradient norm", f"Before it is scaled down to at most {number(config['train.max_grad_norm'])}."),
-        ("loss", "Loss", "The denoising error." if sft else "Of each round's own samples: it need not fall."),
+        ("loss", "Loss", told_loss),
+        ("implicit_accuracy", "Implicit accuracy", "Share of the pairs whose preferred picture has drawn ahead, beside"
+         " the reference."),
+        ("margin", "Margin", "How far it has, in nats: dpo.beta times the log-ratio."),
+        ("win_over_reference", "Preferred, beside the reference", "Its denoising error less the reference's: below 0 is"
+         " better. Where both rise, the pairs are pulled apart at the pictures' cost."),
+        ("lose_over_reference", "Other, beside the reference", "The same of the picture that is not preferred."),
+        ("denoising_mse", "Denoising error", "Of what is learned from."),
+        ("effective_samples", "Effective samples", "How many samples of equal weight would say as much."),
         ("reward/missing", "Missing rewards", "Pictures without a reward; they were not learned from."),
         ("skipped_steps", "Skipped updates", "Gradients that were not finite."),
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddpo_jax import metrics
+from ddpo_jax.config import from_data
 
 SETS = {"held_out": "held-out prompts", "train": "train prompts"}  # by their names in evaluations.jsonl
 
@@ -58,7 +59,7 @@ def result(told: Told) -> str:
             " model's pictures."
         )
     losses = [loss for loss in column(told.rounds, "loss") if math.isfinite(loss)]
-    if told.config["algorithm"] == "sft" and losses:
+    if from_data(told.config["algorithm"]) and losses:
         text = f"The mean loss of a round went from {digits(losses[0])} to {digits(losses[-1])}. {text}"
     return text
 

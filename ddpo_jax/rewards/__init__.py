@@ -99,7 +99,9 @@ DEVICE = {
 }
 
 
-def make(names: str, settings: Settings, *, place: Callable = first_device) -> tuple[Reward, tuple[PyTree, ...]]:
+def make(
+    names: str, settings: Settings, *, weights: Sequence[float | int] | None = None, place: Callable = first_device
+) -> tuple[Reward, tuple[PyTree, ...]]:
     """The reward that the config names, and its parameters for `Frozen.reward`, one tree an expert.
 
     names: one name or several with commas between, each
@@ -112,19 +114,26 @@ def make(names: str, settings: Settings, *, place: Callable = first_device) -> t
       - "maker:module:function", a function that makes one with parameters, or one that reads the prompts: fn(settings,
         place) -> (pure, prepare, params), as in DEVICE. Only these two, and those in DEVICE, have a gradient.
 
-    place: as in read_weights, of their parameters.
+    weights: as in `join`.  place: as in read_weights, of their parameters.
 
     Raises: UserError for a name that is none of these, for one given twice, and for a model that cannot be loaded.
     """
-    experts = [_make_expert(name.strip(), settings, place) for name in names.split(",")]
-    return join([reward for reward, _ in experts]), tuple(params for _, params in experts)
+    experts = [_make_expert(name, settings, place) for name in names_of(names)]
+    return join([reward for reward, _ in experts], weights), tuple(params for _, params in experts)
 
 
-def join(rewards: Sequence[Reward]) -> Reward:
+def names_of(names: str) -> tuple[str, ...]:
+    """The experts of a `reward.name`."""
+    return tuple(name.strip() for name in names.split(","))
+
+
+def join(rewards: Sequence[Reward], weights: Sequence[float | int] | None = None) -> Reward:
     """Several experts as one reward, a column each. Its params are a tuple, one tree an expert, even if there is one.
 
-    All experts have the pictures before the first result is waited for. `pure` is there for a single expert only:
-    how several count together is for advantages.combine to say.
+    All experts have the pictures before the first result is waited for. `pure` is their weighted sum, whose inputs are
+    a tuple too; it is there if all that count can be traced.
+
+    weights: of each expert in `pure`, 0 for one that does not count; None is 1, and no `pure` for several.
 
     Raises: UserError if there is no reward or a name comes twice.
     """
@@ -142,11 +151,20 @@ def join(rewards: Sequence[Reward]) -> Reward:
         told = [(reward, reward.why(own)) for reward, own in zip(rewards, pending, strict=True) if reward.why]
         return "; ".join(f"{', '.join(reward.names)}: {reason}" for reward, reason in told if reason)
 
-    def pure(params: tuple[PyTree, ...], images: PixelBatch, inputs: PyTree) -> Float[Array, " b"]:
-        return rewards[0].pure(params[0], images, inputs)
+    scales = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+    counted = [(k, scale) for k, scale in enumerate(scales) if scale]
 
-    single = len(rewards) == 1 and rewards[0].pure is not None
-    return Reward(names=names, submit=submit, result=result, pure=pure if single else None, why=why)
+    def prepare(prompts: Prompts) -> tuple[PyTree, ...]:
+        return tuple(rewards[k].prepare(prompts) for k, _ in counted)
+
+    def pure(params: tuple[PyTree, ...], images: PixelBatch, inputs: tuple[PyTree, ...]) -> Float[Array, " b"]:
+        scores = [
+            scale * rewards[k].pure(params[k], images, own) for (k, scale), own in zip(counted, inputs, strict=True)
+        ]
+        return sum(scores[1:], start=scores[0])
+
+    traced = all(rewards[k].pure for k, _ in counted) and (weights is not None or len(rewards) == 1)
+    return Reward(names, submit, result, pure if traced else None, why, prepare if traced else None)
 
 
 def shuffled(scores: Float32[np.ndarray, "b experts"], key: Key[Any, ""]) -> Float32[np.ndarray, "b experts"]:

@@ -73,7 +73,7 @@ def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -
         check_range(f"reward {name}", lowest, highest)
         return _spread(_finite_or_missing(own), rows, len(scores))[:, None]
 
-    return Reward(names=(name,), submit=submit, result=result, pure=pure)
+    return Reward(names=(name,), submit=submit, result=result, pure=pure, prepare=prepare)
 
 
 def texts(prompts: Prompts) -> tuple[str, ...]:
