@@ -99,7 +99,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
             path = Path(arg.split("=", 1)[1].split(":")[0]).absolute()
             if not path.is_file():
                 raise UserError(f"--config={path}: no such file; usage: {USAGE}")
-            sys.path.append(str(path.parents[1]))
+            sys.path += [str(folder) for folder in path.parents[1:3]]  # of configs/NAME.py, configs/GROUP/NAME.py
     config_flags.DEFINE_config_file("config", None, "a config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
     for name, told in PROCESSES.items():

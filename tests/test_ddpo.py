@@ -451,7 +451,7 @@ def test_wrong_settings_are_refused(world, settings, message):
 
 
 def test_unknown_algorithm_is_refused(world):
-    with pytest.raises(UserError, match="expected one of 'ddpo_is', 'ddpo_sf', .*'reward_backprop'"):
+    with pytest.raises(UserError, match=r"expected one of 'ddpo_is', 'ddpo_sf', .*'reward_backprop'"):
         algorithms.make("ppo", world.run.parts, {})
 
 

@@ -1,0 +1,20 @@
+"""The comparison's reward-weighted regression, dense weights.
+
+python -m benchmarks.compare --workdir=runs/compare
+"""
+
+from ml_collections import ConfigDict
+
+from configs.compare import common
+
+
+def get_config() -> ConfigDict:
+    config = common.get_config()
+    config.algorithm = "rwr"
+    # The reward's standard deviation is about 0.3 kB: a third of it.
+    config.rwr.temperature = 0.1
+    config.train.num_noise_draws = 4
+    config.train.num_updates = 4
+    config.train.num_inner_epochs = 2
+    config.train.learning_rate = 1e-4
+    return config
