@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -73,3 +74,19 @@ def weighted_mse(error: Float[Array, " r"], weight: Float[Array, " r"]) -> tuple
     Reward-weighted regression in Black et al. 2023; with w = 1, supervised fine-tuning.
     """
     return weight * error, Metrics(mean={"denoising_mse": error, "weight": weight}, max={})
+
+
+def bradley_terry(
+    score_0: Float[Array, " r"], score_1: Float[Array, " r"], label: Float[Array, " r"]
+) -> tuple[Float[Array, " r"], Metrics]:
+    """Cross-entropies of comparisons of two scores, to be minimised.
+
+    L = -p log σ(r_0 - r_1) - (1 - p) log σ(r_1 - r_0)
+
+    Bradley & Terry 1952; as a loss of a reward model Christiano et al. 2017, Eq. 1. p is the label, from 0 to 1: how
+    surely the first is preferred. In nats: log 2 where the scores are equal, whatever the label.
+    """
+    margin = upcast(score_0) - upcast(score_1)
+    losses = label * jax.nn.softplus(-margin) + (1 - label) * jax.nn.softplus(margin)
+    agreed = (margin > 0) == (label > 0.5)
+    return losses, Metrics(mean={"margin": jnp.abs(margin), "agreement": agreed.astype(jnp.float32)}, max={})
