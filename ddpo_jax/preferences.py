@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.image_text import load_image, numbered_lines, walk
@@ -130,3 +131,21 @@ def _row(folder: Path, where: str, line: str) -> tuple[str, Path, Path, float]:
         if not path.is_file():
             raise UserError(f"{where}: no such file {name!r}")
     return prompt, path_0, path_1, label
+
+
+def shorter_side(source: str) -> int:
+    """Pixels of the shorter side of the first picture: read at this resolution, it is only cut to a square.
+
+    source: as in open_source.
+
+    Raises:
+        UserError: there is no such source, or the picture cannot be read.
+    """
+    pair = open_source(source, resolution=1).get(0)
+    folder = Path(source).expanduser()
+    if ":" in source and not folder.exists():
+        return min(np.asarray(pair[1]).shape[:2])
+    lines = ((path, line) for path in sorted(folder.glob(FILES)) for _, line in numbered_lines(path))
+    path, line = next(lines)
+    with Image.open(_row(folder, str(path), line)[1]) as file:
+        return min(file.size)
