@@ -199,7 +199,7 @@ def get_config() -> ConfigDict:
     tracking.min_count = 16
 
     config.reward = reward = ConfigDict()
-    # On the device: clip_score, aesthetic_score, pickscore, hpsv2, sciscore, image_reward, and
+    # On the device: clip_score, aesthetic_score, pickscore, hpsv2, sciscore, image_reward, learned_reward, and
     # jpeg_compressibility_estimate and jpeg_incompressibility_estimate, smooth estimates of the size of a JPEG. On the
     # host: jpeg_compressibility and jpeg_incompressibility, of the file itself. By a vision-language model on a server:
     # vlm_bertscore (what it sees, compared with the prompt), vlm_clip (the same, by a CLIP), vlm_questions (the
@@ -236,6 +236,10 @@ def get_config() -> ConfigDict:
     # "zai-org/ImageReward", and one with BERT's tokenizer, "google-bert/bert-base-uncased"; "": it lies in the former.
     reward.imagereward_model = ""
     reward.imagereward_tokenizer = ""
+    # Of learned_reward: the file that `python -m ddpo_jax.fit_reward` wrote, and the CLIP that it was fitted on, a
+    # folder or a hub id; "": what the file says.
+    reward.learned_model = ""
+    reward.learned_clip = ""
     # The encoder of vlm_bertscore: a folder or a hub id of a BERT, RoBERTa or DeBERTa (v1), such as
     # "microsoft/deberta-xlarge-mnli"; and the layer whose states are compared: 0 is bert-score's own choice.
     reward.bert_model = ""

@@ -101,8 +101,7 @@ def diffusion_dpo(
     the winner wins: 1, or 1 - ε with label smoothing (conservative DPO, Mitchell 2023). At the reference L = log 2.
     """
     z = beta * log_ratio(errors)
-    losses = -preference * jax.nn.log_sigmoid(z) - (1 - preference) * jax.nn.log_sigmoid(-z)
-    return losses, preference_metrics(errors, z)
+    return cross_entropy(z, preference), preference_metrics(errors, z)
 
 
 def ipo(errors: PairErrors, preference: Float[Array, " r"], *, beta: float) -> tuple[Float[Array, " r"], Metrics]:
@@ -165,3 +164,25 @@ def accuracy(difference: Float[Array, " r"], total: Float[Array, " r"]) -> Float
     total: the sum of those errors. At the reference nothing is decided, and no accuracy is told.
     """
     return jnp.where(jnp.abs(difference) > ROUNDING * total, (difference > 0).astype(jnp.float32), jnp.nan)
+
+
+def bradley_terry(
+    score_0: Float[Array, " r"], score_1: Float[Array, " r"], label: Float[Array, " r"]
+) -> tuple[Float[Array, " r"], Metrics]:
+    """Cross-entropies of comparisons of two scores, to be minimised.
+
+    L = -p log σ(r_0 - r_1) - (1 - p) log σ(r_1 - r_0)
+
+    Bradley & Terry 1952; as a loss of a reward model Christiano et al. 2017, Eq. 1. p is the label, from 0 to 1: how
+    surely the first is preferred. In nats: log 2 where the scores are equal, whatever the label.
+    """
+    margin = upcast(score_0) - upcast(score_1)
+    agreed = (margin > 0) == (label > 0.5)
+    return cross_entropy(margin, label), Metrics(
+        mean={"margin": jnp.abs(margin), "agreement": agreed.astype(jnp.float32)}, max={}
+    )
+
+
+def cross_entropy(z: Float[Array, " r"], p: Float[Array, " r"]) -> Float[Array, " r"]:
+    """-p log σ(z) - (1 - p) log σ(-z), in nats: of a comparison whose log-odds are z, and which is won with p."""
+    return p * jax.nn.softplus(-z) + (1 - p) * jax.nn.softplus(z)

@@ -158,3 +158,24 @@ def _row(folder: Path, where: str, line: str) -> tuple[str, Path, Path, float]:
         if not path.is_file():
             raise UserError(f"{where}: no such file {name!r}")
     return prompt, path_0, path_1, label
+
+
+def shorter_side(source: str) -> int:
+    """Pixels of the shorter side of the first picture: read at this resolution, it is only cut to a square.
+
+    source: as in open_source.
+
+    Raises:
+        UserError: there is no such source, or the picture cannot be read.
+    """
+    pair = open_source(source, resolution=1).get(0)
+    folder = Path(source).expanduser()
+    if ":" in source and not folder.exists():
+        try:
+            return min(np.shape(pair[1])[:2])
+        except (TypeError, ValueError, IndexError, KeyError):
+            return 1  # whoever reads the pair tells what is wrong with it
+    lines = ((path, line) for path in sorted(folder.glob(FILES)) for _, line in numbered_lines(path))
+    path, line = next(lines)
+    with Image.open(_row(folder, str(path), line)[1]) as file:
+        return min(file.size)

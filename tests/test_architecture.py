@@ -27,10 +27,10 @@ ORDER = [
         "finetune",
         "optimizers",
     ),
-    *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder"),
+    *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder", "bradley_terry"),
     *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
     *("methods", "settings", "build", "saved"),
-    *("export", "sample", "score", "train", "main"),
+    *("export", "sample", "score", "fit_reward", "train", "main"),
 ]
 ASIDE = "tiny"  # makes the embedded model: reads anything but train and main, and is read by nothing else
 

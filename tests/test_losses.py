@@ -141,3 +141,29 @@ def test_weighted_mse():
     assert metrics.mean["denoising_mse"].tolist() == [0.25, 4]
     assert metrics.mean["weight"].tolist() == [2, 0]
     assert metrics.max == {}
+
+
+def test_bradley_terry_worked():
+    """σ(log 3) = 3/4: a preferred, a rejected, a half sure one, and equal scores."""
+    score_0, label = rows(np.log(3), np.log(3), np.log(3), 1), rows(1, 0, 0.75, 0.9)
+    loss, metrics = losses.bradley_terry(score_0, rows(0, 0, 0, 1), label)
+    entropy = 0.75 * np.log(4 / 3) + 0.25 * np.log(4)
+    np.testing.assert_allclose(loss, [np.log(4 / 3), np.log(4), entropy, np.log(2)], rtol=1e-6)
+    assert metrics.mean["agreement"].tolist() == [1, 0, 1, 0]
+    np.testing.assert_allclose(metrics.mean["margin"], [np.log(3)] * 3 + [0], rtol=1e-6)
+
+
+def test_bradley_terry_is_least_where_the_odds_are_the_labels():
+    label = rows(0.2, 0.5, 0.9)
+    log_odds = jnp.log(label / (1 - label))
+    slope = jax.grad(lambda scores: losses.bradley_terry(scores, jnp.zeros(3), label)[0].sum())
+    np.testing.assert_allclose(slope(log_odds), [0, 0, 0], atol=1e-7)
+    assert (slope(log_odds + 0.1) > 0).all() and (slope(log_odds - 0.1) < 0).all()
+
+
+def test_bradley_terry_knows_no_first_and_second():
+    a, b, label = normal(0, (8,)), normal(1, (8,)), rows(*np.linspace(0, 1, 8))
+    np.testing.assert_allclose(
+        losses.bradley_terry(a, b, label)[0], losses.bradley_terry(b, a, 1 - label)[0], rtol=1e-6
+    )
+    assert jnp.isfinite(losses.bradley_terry(1e4 * a, 1e4 * b, label)[0]).all()

@@ -210,19 +210,26 @@ class VisionEmbeddings(nn.Module):
         return jnp.concatenate([first, patches], axis=1) + positions[None]
 
 
+class ImageStates(NamedTuple):
+    """What a vision tower makes of a picture."""
+
+    pooled: Float[Array, "b d"]  # of the class token, normalised
+    patches: Float[Array, "b s d"]  # of the patches after the last layer, as they are
+
+
 class CLIPVisionModel(nn.Module):
-    """The pooled (class-token) state of an image that was already resized and normalised."""
+    """The states of an image that was already resized and normalised."""
 
     config: VisionConfig
     dtype: Dtype | None = jnp.float32
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> ImageStates:
         tower = self.config.tower
         x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(pixels)
         x = layer_norm(tower.epsilon, self.dtype, "pre_layrnorm")(x)  # transformers' own spelling
         x, _ = Transformer(tower, self.dtype, name="encoder")(x)
-        return layer_norm(tower.epsilon, self.dtype, "post_layernorm")(x[:, 0])
+        return ImageStates(layer_norm(tower.epsilon, self.dtype, "post_layernorm")(x[:, 0]), x[:, 1:])
 
 
 class CLIPModel(nn.Module):
@@ -244,7 +251,17 @@ class CLIPModel(nn.Module):
 
     def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
         """Unit embeddings of resized and normalised images, in float32 at least."""
-        return _unit(self.visual_projection(self.vision_model(pixels)))
+        return _unit(self.visual_projection(self.vision_model(pixels).pooled))
+
+    def describe_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b e"]:
+        """The unit embeddings, and after them the mean and the standard deviation of the patches' states.
+
+        What the embedding leaves out, such as how finely a picture is drawn, is still in the patches.
+        """
+        states = self.vision_model(pixels)
+        patches = states.patches.astype(jnp.promote_types(states.patches.dtype, jnp.float32))
+        std = jnp.sqrt(patches.var(axis=1) + 1e-6)  # the slope of a root is infinite at 0
+        return jnp.concatenate([_unit(self.visual_projection(states.pooled)), patches.mean(axis=1), std], axis=1)
 
     def __call__(self, tokens: Int[Array, "b s"], pixels: Float[Array, "n H W 3"]) -> Float[Array, "n b"]:
         """Logits of every image for every text."""

@@ -219,6 +219,16 @@ def _read(found: list[tuple[_Tensor, Callable]], like: PyTree, place: Callable |
     return jax.tree.unflatten(tree, arrays)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors.
+
+    Raises:
+        UserError: it is missing, truncated or another file.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:

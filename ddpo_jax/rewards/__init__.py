@@ -13,7 +13,18 @@ from jaxtyping import Array, Float, Float32, Key
 
 from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.plugins import load_object
-from ddpo_jax.rewards import aesthetic, bert_score, chat, clip, clip_score, image_reward, jpeg, jpeg_estimate, vlm
+from ddpo_jax.rewards import (
+    aesthetic,
+    bert_score,
+    chat,
+    clip,
+    clip_score,
+    image_reward,
+    jpeg,
+    jpeg_estimate,
+    learned,
+    vlm,
+)
 from ddpo_jax.rewards.kinds import Scores, nothing, on_device, on_host, take, texts
 from ddpo_jax.rewards.pixels import PixelBatch
 from ddpo_jax.sharding import first_device
@@ -36,6 +47,8 @@ class Settings(NamedTuple):
     sciscore_model: str = ""
     imagereward_model: str = ""
     imagereward_tokenizer: str = ""
+    learned_model: str = ""
+    learned_clip: str = ""
     bert_model: str = ""
     bert_layer: int = 0
     vlm_url: str = ""
@@ -96,6 +109,7 @@ DEVICE = {
     "image_reward": lambda settings, place: image_reward.make(
         settings.imagereward_model, settings.imagereward_tokenizer, place=place
     ),
+    "learned_reward": lambda settings, place: learned.make(settings.learned_model, settings.learned_clip, place=place),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,12 @@ class CLIP(NamedTuple):
 
     embed_images: Callable  # params, images (b, H, W, 3) in [0, 1] or uint8 -> (b, d) of length 1
     embed_texts: Callable  # params, tokens (b, s) -> (b, d) of length 1
+    describe_images: Callable  # as embed_images -> (b, e): the embedding, and after it what it leaves out
     params: PyTree
     tokenize: Callable  # texts -> (b, s) int32
     width: int  # of the embeddings
+    described: int  # numbers that describe_images gives
+    fingerprint: str  # of its weights, whatever precision they are stored in
 
 
 def load(source: str, *, field: str = "reward.clip_model", place: Callable = first_device) -> CLIP:
@@ -58,16 +62,32 @@ def load(source: str, *, field: str = "reward.clip_model", place: Callable = fir
         pixels = preprocess.apply(as_pixels(images), how)
         return module.apply({"params": params}, pixels, method="encode_image")
 
+    def describe_images(params: PyTree, images: PixelBatch) -> Float[Array, "b e"]:
+        pixels = preprocess.apply(as_pixels(images), how)
+        return module.apply({"params": params}, pixels, method="describe_image")
+
     def embed_texts(params: PyTree, tokens: Int[Any, "b s"]) -> Float[Array, "b d"]:
         return module.apply({"params": params}, jnp.asarray(tokens), method="encode_text")
 
+    files = weight_files(folder, "model", None)
     return CLIP(
         embed_images,
         embed_texts,
-        read_weights(weight_files(folder, "model", None), shapes, place=place),
+        describe_images,
+        read_weights(files, shapes, place=place),
         lambda texts: tokenize(tokenizer, texts),
         config.projection_dim,
+        config.projection_dim + 2 * config.vision.tower.width,
+        _fingerprint(files, shapes),
     )
+
+
+def _fingerprint(files: Sequence[Path], shapes: PyTree) -> str:
+    """Of the projection of pictures alone, which every published CLIP has its own of: few numbers, soon read."""
+    own = {"visual_projection": shapes["visual_projection"]}
+    found = read_weights(files, own, passed_over=lambda name: name != "visual_projection.weight", place=None)
+    kernel = np.asarray(found["visual_projection"]["kernel"], np.float16)
+    return hashlib.sha256(kernel.astype("<f2").tobytes()).hexdigest()[:16]
 
 
 def read_config(folder: Path) -> CLIPConfig:

@@ -61,24 +61,26 @@ def make_hpsv2(source: str, *, place: Callable = first_device) -> tuple[Callable
     return judged_by_prompt(found, lambda params, picture, text: _cosine(picture, text))
 
 
-def judged_by_prompt(found: clip.CLIP, score: Callable, *, template: str = "{}") -> tuple[Callable, Callable, PyTree]:
+def judged_by_prompt(
+    found: clip.CLIP, score: Callable, *, template: str = "{}", head: PyTree = ()
+) -> tuple[Callable, Callable, PyTree]:
     """(pure, prepare, params) of a score of a picture's and its prompt's embeddings.
 
-    score: params, (b, d), (b, d) -> (b,). A Bradley-Terry head over both, or any other, is such a function; what it has
-    of parameters beside the CLIP's joins the tree.
+    score: params, (b, d), (b, d) -> (b,), with params = {"clip": the CLIP's, "head": what the score has beside them}.
     """
 
     def pure(params: PyTree, images: PixelBatch, tokens: Shaped[Array, "b s"] | np.ndarray) -> Float[Array, " b"]:
-        return score(params, found.embed_images(params, images), found.embed_texts(params, tokens))
+        embedded = found.embed_images(params["clip"], images), found.embed_texts(params["clip"], tokens)
+        return score(params, *embedded)
 
     def prepare(prompts: Prompts) -> Int32[np.ndarray, "b s"]:
         return np.asarray(found.tokenize([template.replace("{}", text) for text in prompts.texts]))
 
-    return pure, prepare, found.params
+    return pure, prepare, {"clip": found.params, "head": head}
 
 
 def _by_own_scale(params: PyTree, picture: Float[Array, "b d"], text: Float[Array, "b d"]) -> Float[Array, " b"]:
-    return jnp.exp(params["logit_scale"]) * _cosine(picture, text)
+    return jnp.exp(params["clip"]["logit_scale"]) * _cosine(picture, text)
 
 
 def _cosine(picture: Float[Array, "b d"], text: Float[Array, "b d"]) -> Float[Array, " b"]:
