@@ -31,10 +31,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def recipes():
     """Each file of configs/, and each variant that it names, as the command line does."""
-    for path in sorted(CONFIGS.glob("[a-z]*.py")):
-        yield path.name
-        for variant in vars(importlib.import_module(f"configs.{path.stem}")).get("VARIANTS", ()):
-            yield f"{path.name}:{variant}"
+    for path in (*sorted(CONFIGS.glob("[a-z]*.py")), *sorted((CONFIGS / "compare").glob("[a-z]*.py"))):
+        name = path.relative_to(CONFIGS)
+        yield str(name)
+        module = ".".join(("configs", *name.with_suffix("").parts))
+        for variant in vars(importlib.import_module(module)).get("VARIANTS", ()):
+            yield f"{name}:{variant}"
 
 
 def load(recipe):
@@ -60,6 +62,8 @@ SHRUNK = {
     "train.num_updates": 2,
     "train.micro_batch_size": 8,
     "data.batch_size": 8,
+    "dpo.num_pairs": 1,
+    "rwr.top_fraction": 1.0,
     "compilation_cache": "",
 }
 
@@ -110,25 +114,33 @@ def test_a_shrunk_epoch_runs_to_an_export(recipe, small_folder, tmp_path, monkey
     for name in ("read_denoiser", "denoiser_shapes"):
         monkeypatch.setattr(stable_diffusion, name, lambda source: pretrained.denoiser)
     config, workdir = load(recipe), tmp_path / run_name(recipe)
+    blip = "image_reward" in config.reward.name
     changes = {
         **SHRUNK,
-        "data.source": "scorers:colored" if config.data.source else "",
-        "reward.name": "scorers:brightness" if asks_a_server(config) else config.reward.name,
+        "data.source": {"sft": "scorers:colored", "diffusion_dpo": "scorers:red_or_blue"}.get(config.algorithm, ""),
+        "backprop.min_steps": min(config.backprop.min_steps, 4),
+        "backprop.max_steps": min(config.backprop.max_steps, 4),
+        "reward.name": "scorers:brightness" if asks_a_server(config) or blip else config.reward.name,
+        "reward.pickscore_model": "tiny",
+        "reward.hpsv2_model": "tiny",
         "reward.clip_model": "tiny",
         "reward.aesthetic_model": write_head(tmp_path / "head.safetensors"),
         "reward.aesthetic_clip": "tiny",
     }
+    passes = changes["train.num_inner_epochs"] = min(config.train.num_inner_epochs, 4)
+    if config.algorithm == "ddpo_sf":
+        changes["train.num_updates"] = 1
     arguments = (f"--config.{name}={value}" for name, value in changes.items())
     assert main([f"--config={CONFIGS / recipe}", f"--workdir={workdir}", *arguments]) == 0
     (row,) = metrics.read(workdir / "metrics.jsonl")
-    assert row["step"] == 2 * config.train.num_inner_epochs and row["skipped_steps"] == 0
+    assert row["step"] == (1 if config.algorithm == "ddpo_sf" else 2) * passes and row["skipped_steps"] == 0
     shown = metrics.read(workdir / "evaluations.jsonl")
     assert {(0, "train"), (1, "train")} <= {(row["epoch"], row["prompts"]) for row in shown}
     assert all(np.isfinite(row["reward/mean"]) for row in shown)
     assert (workdir / "export" / "model_index.json").is_file() and (workdir / "report.html").is_file()
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if load(recipe).algorithm != "sft"])
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if load(recipe).algorithm.startswith("ddpo")])
 def test_pictures_can_be_compared_at_a_recipes_own_sizes(recipe):
     make_advantages(load(recipe), num_prompts=45)  # raises what the shrunk epoch may not
 
