@@ -27,7 +27,7 @@ ORDER = [
         "optimizers",
     ),
     *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder"),
-    *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
+    *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "fixed_noise"),
     *("settings", "build", "saved"),
     *("export", "sample", "score", "train", "main"),
 ]
