@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
+from ml_collections import ConfigDict
 
 from ddpo_jax import rewards
 from ddpo_jax.config import OVERRIDE, joined
@@ -52,6 +53,30 @@ def read_settings(fields: Sequence[str], start: rewards.Settings = DEFAULTS) -> 
             wanted = {int: "a whole number", float: "a number", str: "=VALUE"}[kind]
             raise UserError(f"{arg}: expected {wanted}") from None
     return settings
+
+
+def run_settings(config: ConfigDict) -> rewards.Settings:
+    """What a run's rewards were made with. Configs from before a field have its default."""
+    return DEFAULTS._replace(**{name: config.reward[name] for name in DEFAULTS._fields if name in config.reward})
+
+
+def make_reward(
+    name: str, fields: Sequence[str], configs: Sequence[ConfigDict], *, embedded: bool
+) -> tuple[Reward, tuple[PyTree, ...], rewards.Settings]:
+    """The reward with its parameters, and what it was made with; of the first run where `name` is empty.
+
+    fields: as in `read_settings`, in place of the first run's.  configs: of the models that are runs.
+    embedded: whether the pictures are the embedded model's, which the embedded CLIP judges if no other is named.
+
+    Raises:
+        UserError: there is no name, or it cannot be made.
+    """
+    if not name and not configs:
+        raise UserError("no reward: give --reward=NAME, such as clip_score, or several with commas between")
+    settings = read_settings(fields, run_settings(configs[0]) if configs else DEFAULTS)
+    if embedded and not settings.clip_model:
+        settings = settings._replace(clip_model="tiny")
+    return *rewards.make(name or configs[0].reward.name, settings), settings
 
 
 def score_chunks(

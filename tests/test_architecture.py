@@ -28,8 +28,8 @@ ORDER = [
     ),
     *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder"),
     *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "fixed_noise"),
-    *("settings", "build", "saved", "sampling", "scoring"),
-    *("export", "sample", "score", "train", "main"),
+    *("settings", "build", "saved", "sampling", "scoring", "prompt_flags", "drawn", "findings"),
+    *("export", "sample", "score", "evaluate", "pairs", "train", "main"),
 ]
 ASIDE = "tiny"  # makes the embedded model: reads anything but train and main, and is read by nothing else
 
