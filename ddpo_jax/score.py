@@ -140,7 +140,7 @@ def prompts_of(entries: tuple[Entry, ...], chunk: Chunk) -> Prompts:
     """The chunk's prompts, for those that fill up too."""
     positions = _filled(chunk.positions, len(chunk.images))
     chosen = [entries[i] for i in positions]
-    return make_prompts([entry.text for entry in chosen], positions, [entry.metadata for entry in chosen])
+    return make_prompts([entry.text for entry in chosen], np.asarray(positions), [entry.metadata for entry in chosen])
 
 
 def table(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 from ml_collections import ConfigDict
 
 from ddpo_jax import rewards
@@ -108,9 +108,9 @@ def score_chunks(
         yield finish()
 
 
-def make_prompts(texts: Sequence[str], ids: Sequence[int], metadata: Sequence[Mapping[str, Any]]) -> Prompts:
+def make_prompts(texts: Sequence[str], ids: Int[np.ndarray, " b"], metadata: Sequence[Mapping[str, Any]]) -> Prompts:
     """Prompts for a reward. No tokens: rewards make their own."""
-    return Prompts(tuple(texts), np.zeros((len(texts), 0), np.int32), np.asarray(ids, np.int32), tuple(metadata))
+    return Prompts(tuple(texts), np.zeros((len(texts), 0), np.int32), ids.astype(np.int32), tuple(metadata))
 
 
 def _choices() -> str:

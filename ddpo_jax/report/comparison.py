@@ -106,7 +106,8 @@ def summary(told: Told) -> str:
         if told.comparisons:
             one = told.comparisons[k]
             cells += [level(one.difference, sign="+"), sigmas(one.sigmas), percent(one.win_rate)]
-        rows.append((short(name), *cells, (str(found.sum()), ""), *([(str((~found).sum()), "")] if missing else [])))
+        cells += [(str(found.sum()), ""), *([(str((~found).sum()), "")] if missing else [])]
+        rows.append((short(name), cells))
     compared = ["difference", "in σ", "win rate", "pairs"] if told.comparisons else ["pictures"]
     head = ["reward", *(side.label for side in told.sides), *compared, *(["missing"] if missing else [])]
     explained = "Means, with 95 % bootstrap intervals below them: prompts are drawn anew with all their pictures."
@@ -162,7 +163,7 @@ def diversity(told: Told) -> str:
         cells = [level(getattr(side.diversity, name)) for side in told.sides]
         if np.isfinite(getattr(told.sides[0].diversity, name).value):
             more = [level(getattr(told.diversity, name), sign="+")] if told.diversity else []
-            rows.append((text, *cells, *more))
+            rows.append((text, [*cells, *more]))
     if not rows:
         return section("diversity", "Diversity", '<p class="note">There are too few pictures to tell.</p>')
     head = ["between", *(side.label for side in told.sides), *(["difference"] if told.diversity else [])]
@@ -220,12 +221,12 @@ def figure(told: Told, i: int, gain: float) -> str:
     return f"<figure>{cells[0]}<figcaption>{head}{others}</figcaption></figure>"
 
 
-def estimates(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
+def estimates(head: Sequence[str], rows: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
     """A table of numbers above their intervals, as `level` gives them."""
     lines = [
         f"<td>{breakable(name)}</td>"
         + "".join(f'<td class="figure">{number}<small>{bounds}</small></td>' for number, bounds in cells)
-        for name, *cells in rows
+        for name, cells in rows
     ]
     first, *others = head
     top = f"<th>{escape(first)}</th>" + "".join(f'<th class="figure">{breakable(text)}</th>' for text in others)
