@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from ddpo_jax import prompt_flags, sampling, saved, scoring, starts
 from ddpo_jax.command import base_of, check_output, describe, run_command
-from ddpo_jax.drawn import draw_and_score, is_embedded, load_features, try_out
+from ddpo_jax.drawn import Drawn, draw_and_score, is_embedded, load_features, try_out
 from ddpo_jax.errors import UserError
 from ddpo_jax.findings import plain, summary, table, weigh
 from ddpo_jax.report import comparison as report
@@ -100,7 +100,7 @@ def evaluate(flags: argparse.Namespace, fields: Sequence[str], line: str = "") -
     settings = described(flags, plan, line=line, seconds=seconds, size=drawn[0].size)
     told = weigh(plan.reward.names, plan.prompts, drawn, labels(plan.sources))
     shown = {name: str(value) for name, value in settings.items() if value is not None}
-    told = told._replace(facts=facts(settings), notes=plan.notes, settings=shown)
+    told = told._replace(facts=facts(settings), notes=(*plan.notes, *why_missing(drawn)), settings=shown)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "rewards.csv", table(told, plan.prompts, drawn))
     write_atomically(output / "evaluation.json", json.dumps(plain(told, settings), indent=2, ensure_ascii=False) + "\n")
@@ -148,6 +148,12 @@ def load(source: str, flags: argparse.Namespace, sources: Sequence[str]) -> Load
         if source == flags.model:
             raise
         raise UserError(str(error).replace("pretrained.model", "--against")) from None
+
+
+def why_missing(drawn: Sequence[Drawn]) -> list[str]:
+    """A note where scores are missing and their scorer says why."""
+    whys = [why for one in drawn for why in one.whys if why]
+    return [f"Scores are missing of {len(whys)} pictures, such as {whys[0]}"] if whys else []
 
 
 def check_shapes(models: Sequence[Loaded], sources: Sequence[str]) -> None:

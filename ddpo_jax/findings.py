@@ -13,7 +13,7 @@ import numpy as np
 from ddpo_jax import statistics
 from ddpo_jax.drawn import Drawn
 from ddpo_jax.report import comparison as report
-from ddpo_jax.report.comparison import level, percent, said, sigmas
+from ddpo_jax.report.estimates import level, percent, said, sigmas
 from ddpo_jax.report.pictures import TINY
 from ddpo_jax.report.scores import short
 from ddpo_jax.types import Prompts

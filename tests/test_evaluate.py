@@ -14,6 +14,8 @@ from small_run import SMALL
 
 from ddpo_jax import data, evaluate, sample, saved
 from ddpo_jax.main import main
+from ddpo_jax.report.comparison import first_of_each
+from ddpo_jax.rewards import Scores
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"num_steps": 2, "chunk_size": 4}
@@ -59,7 +61,7 @@ def column(rows, name):
 
 def missing_at_first(images, prompts):
     """The first picture of a call has no score."""
-    return np.where(np.arange(len(images)), images.mean(axis=(1, 2, 3)), np.nan)
+    return Scores(np.where(np.arange(len(images)), images.mean(axis=(1, 2, 3)), np.nan), "it is the first")
 
 
 def test_a_model_against_itself(small_folder, eye, tmp_path, capsys):
@@ -97,7 +99,7 @@ def test_the_pictures_are_those_of_sample(small_folder, tmp_path, capsys):
     assert [row["prompt"] for row in rows] == ["a dog"] * 2 + ["an owl"] * 2 + ["a fox"] * 2
     assert [row["prompt_id"] for row in rows] == ["0", "0", "1", "1", "2", "2"]
     assert found["num_prompts"] == 3 and found["num_pictures"] == 6 and found["against"] is None
-    assert page.count("<img ") == 12 and "Highest" in page  # six by score, six spread evenly
+    assert page.count("<img ") == 9 and "Highest" in page and "Lowest" in page  # one of each prompt
 
 
 def test_a_run_gives_its_prompts_its_reward_and_its_sampler(workdir, small_folder, tmp_path, capsys):
@@ -151,7 +153,8 @@ def test_missing_scores_are_left_out_of_both_and_counted(small_folder, other_fol
     one = found["rewards"]["test_evaluate:missing_at_first"]
     assert (one["count"], one["missing"]) == (6, 2) and "of 6 pairs, 2 missing" in said.out
     assert [not row["test_evaluate:missing_at_first/model"] for row in rows] == [True, *[False] * 3] * 2
-    assert ">missing</th>" in page
+    assert ">missing</th>" in page and "Scores are missing of 4 pictures, such as" in page and "it is the first" in page
+    assert "it is the first" in rows[0]["missing_because"] and not rows[1]["missing_because"]
 
 
 def test_several_pictures_of_a_prompt_tell_of_diversity_within_it(small_folder, other_folder, eye, tmp_path, capsys):
@@ -159,6 +162,17 @@ def test_several_pictures_of_a_prompt_tell_of_diversity_within_it(small_folder, 
     _, said, found, _, page = run(capsys, tmp_path, "--prompt=a", "--prompt=b", num_images=3, **models)
     assert all(found["diversity"][side]["within"]["value"] > 0 for side in ("model", "against"))
     assert "pictures of one prompt" in page and "diversity: " in said.out
+
+
+def test_a_base_is_for_the_runs_alone(workdir, small_folder):
+    flags = evaluate.parser().parse_args(["--model=x", f"--base={small_folder}", "--output=x"])
+    sources = [str(workdir), str(small_folder)]
+    run_of, folder = (evaluate.load(source, flags, sources) for source in sources)
+    assert run_of.config and not folder.config and run_of.model.latent_shape == folder.model.latent_shape
+
+
+def test_the_page_shows_each_prompt_once():
+    assert first_of_each([5, 3, 4, 1], "aabbcc") == [5, 3, 1]
 
 
 def test_labels_are_short_and_different():

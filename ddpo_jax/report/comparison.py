@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from ddpo_jax.report import plots
+from ddpo_jax.report.estimates import estimates, level, percent, said, sigmas
 from ddpo_jax.report.page import breakable, details, page, plot, section, table
-from ddpo_jax.report.pictures import spread
+from ddpo_jax.report.pictures import choose
 from ddpo_jax.report.plots import NARROW, Interval
 from ddpo_jax.report.scores import MAX_TEXT, short
-from ddpo_jax.report.told import digits, signed
+from ddpo_jax.report.told import digits
 from ddpo_jax.statistics import Comparison, Diversity, Estimate
 
 MAX_PAIRS = 12  # under a heading
@@ -181,21 +182,32 @@ def pictures(told: Told) -> str:
     order = [int(i) for i in np.argsort(-gain, kind="stable") if np.isfinite(gain[i])]
     if told.comparisons:
         blocks = [
-            ("Biggest gains", [i for i in order if gain[i] > 0][:MAX_PAIRS]),
-            ("Biggest losses", [i for i in order[::-1] if gain[i] < 0][:MAX_PAIRS]),
+            ("Biggest gains", first_of_each([i for i in order if gain[i] > 0], told.texts)),
+            ("Biggest losses", first_of_each([i for i in order[::-1] if gain[i] < 0], told.texts)),
         ]
         note = f"Each pair began with the same noise. Left: {told.sides[1].label}; right: {told.sides[0].label}."
     else:
-        blocks = [("Highest", order[:MAX_PAIRS]), ("Lowest", order[MAX_PAIRS:][::-1][:MAX_PAIRS])]
+        blocks = [
+            ("Highest", first_of_each(order, told.texts)),
+            ("Lowest", first_of_each(order[::-1], told.texts)),
+        ]
         note = f"Of {len(main)} pictures."
-    blocks.append(("Not picked by hand: spread evenly over all", spread(list(range(len(main))), MAX_PAIRS)))
-    contents = [f'<p class="note">{escape(f"{note} By {short(told.names[0])}.")}</p>']
+    blocks.append(("Not picked by hand: the first of each prompt", choose(told.texts, MAX_PAIRS)))
+    contents = [f'<p class="note">{escape(f"{note} By {short(told.names[0])}, one of each prompt.")}</p>']
     kind = "pictures" if told.comparisons else "ranked"
     for heading, chosen in blocks:
         if chosen:
             figures = "\n".join(figure(told, i, gain[i]) for i in chosen)
             contents.append(f'<h3>{heading}</h3>\n<div class="{kind}">\n{figures}\n</div>')
     return section("pictures", "Side by side" if told.comparisons else "Pictures", *contents)
+
+
+def first_of_each(order: Sequence[int], texts: Sequence[str]) -> list[int]:
+    """The first MAX_PAIRS positions of different prompts."""
+    found: dict[str, int] = {}
+    for i in order:
+        found.setdefault(texts[i], i)
+    return list(found.values())[:MAX_PAIRS]
 
 
 def figure(told: Told, i: int, gain: float) -> str:
@@ -221,19 +233,6 @@ def figure(told: Told, i: int, gain: float) -> str:
     return f"<figure>{cells[0]}<figcaption>{head}{others}</figcaption></figure>"
 
 
-def estimates(head: Sequence[str], rows: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
-    """A table of numbers above their intervals, as `level` gives them."""
-    lines = [
-        f"<td>{breakable(name)}</td>"
-        + "".join(f'<td class="figure">{number}<small>{bounds}</small></td>' for number, bounds in cells)
-        for name, cells in rows
-    ]
-    first, *others = head
-    top = f"<th>{escape(first)}</th>" + "".join(f'<th class="figure">{breakable(text)}</th>' for text in others)
-    body = "\n".join(f"<tr>{line}</tr>" for line in (top, *lines))
-    return f'<div class="scroll"><table>\n{body}\n</table></div>'
-
-
 def settings(told: Told) -> str:
     rows = [[name, value] for name, value in told.settings.items()]
     return section("settings", "Settings", details("How it was made", table(["what", "value"], rows)))
@@ -241,29 +240,3 @@ def settings(told: Told) -> str:
 
 def smooth(side: Side) -> str:
     return "" if side.tiny else ' class="smooth"'
-
-
-def level(found: Estimate, *, sign: str = "-") -> tuple[str, str]:
-    """A mean and its interval. sign="+": of a difference."""
-    return _parts(found, lambda value: digits(value, sign=sign))
-
-
-def sigmas(found: Estimate) -> tuple[str, str]:
-    """A difference in standard deviations and its interval."""
-    return _parts(found, signed)
-
-
-def percent(found: Estimate) -> tuple[str, str]:
-    """A win rate and its interval."""
-    return _parts(found, lambda value: f"{100 * value:.1f}", " %")
-
-
-def said(parts: tuple[str, str], unit: str = "") -> str:
-    """Both in a line."""
-    number, bounds = parts
-    return f"{number}{unit}{f' ({bounds})' if bounds else ''}"
-
-
-def _parts(found: Estimate, show: Callable[[float], str], unit: str = "") -> tuple[str, str]:
-    number = "–" if np.isnan(found.value) else show(found.value) + unit
-    return number, "" if np.isnan(found.low) else f"{show(found.low)} to {show(found.high)}"
