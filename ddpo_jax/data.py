@@ -102,7 +102,7 @@ def at(prompts: PromptSet, tokens: Int32[np.ndarray, "n s"], ids: Int[np.ndarray
 
 
 def with_article(animal: str) -> str:
-    """One of the 45 common animals with its article, by its first letter: none of them needs more."""
+    """One of the common or the unseen animals with its article, by its first letter: none of them needs more."""
     return f"{'an' if animal[0] in 'aeiou' else 'a'} {animal}"
 
 
@@ -122,10 +122,30 @@ def _common_animals() -> PromptSet:
 
 def _animal_activities() -> PromptSet:
     """45 animals x 3 activities, "an ant playing chess" (its alignment runs)."""
-    texts = [
-        f"{with_article(animal)} {activity}" for animal in _lines("common_animals") for activity in _lines("activities")
-    ]
-    return _from_texts(texts, "animal_activities")
+    return _each_doing_each("common_animals", "activities")
+
+
+def _unseen_animals() -> PromptSet:
+    """45 animals that are not among the common ones, each with its article: what those runs are to generalise to.
+
+    The paper shows that they do, and has no list of which animals it tried; these and the activities below are ours.
+    """
+    return _from_texts([with_article(animal) for animal in _lines("unseen_animals")], "unseen_animals")
+
+
+def _unseen_animal_activities() -> PromptSet:
+    """The unseen animals x the 3 activities of the alignment runs, "a capybara washing the dishes"."""
+    return _each_doing_each("unseen_animals", "activities")
+
+
+def _unseen_activities() -> PromptSet:
+    """The 45 common animals x 6 activities that the alignment runs do not have, "a horse typing on a keyboard"."""
+    return _each_doing_each("common_animals", "unseen_activities")
+
+
+def _each_doing_each(animals: str, activities: str) -> PromptSet:
+    texts = [f"{with_article(animal)} {activity}" for animal in _lines(animals) for activity in _lines(activities)]
+    return _from_texts(texts, activities)
 
 
 def _counting() -> PromptSet:
@@ -146,6 +166,9 @@ PROMPT_SETS = {
     "imagenet_animals": _imagenet_animals,
     "common_animals": _common_animals,
     "animal_activities": _animal_activities,
+    "unseen_animals": _unseen_animals,
+    "unseen_animal_activities": _unseen_animal_activities,
+    "unseen_activities": _unseen_activities,
     "counting": _counting,
 }
 

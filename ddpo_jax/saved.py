@@ -54,12 +54,8 @@ def find_checkpoint(source: str | Path, *, base: Mapping[str, str] = {}) -> Chec
     Raises:
         UserError: it names one that is missing or not whole.
     """
-    path, step = Path(source).expanduser(), None
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        path, step = path.parents[1], int(path.name)
-    elif path.name == "checkpoints":
-        path = path.parent
-    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
+    path, step = _workdir_and_step(source)
+    if not is_run(source):
         if step is None and not (path / "starts.jsonl").is_file():
             return None
         lacks = "checkpoints" if step is None else f"checkpoints/{step}"
@@ -74,6 +70,12 @@ def find_checkpoint(source: str | Path, *, base: Mapping[str, str] = {}) -> Chec
     fields["pretrained"] = older | fields["pretrained"] | {name: value for name, value in base.items() if value}
     found, trainable = checkpoint.read_trainable(path / "checkpoints", step)
     return Checkpoint(path, found, ConfigDict(fields), trainable)
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether the path names a run's folder, or a checkpoint in it."""
+    path, _ = _workdir_and_step(source)
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
 def load(source: str, *, dtype: str, resolution: int | None = None, base: Mapping[str, str] = {}) -> Loaded:
@@ -102,6 +104,13 @@ def load(source: str, *, dtype: str, resolution: int | None = None, base: Mappin
     if not tuning.reads_pretrained:
         pretrained = pretrained._replace(denoiser=None)
     return Loaded(model, pretrained, tuning, jax.device_put(found.trainable), config)
+
+
+def _workdir_and_step(source: str | Path) -> tuple[Path, int | None]:
+    path = Path(source).expanduser()
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return path.parents[1], int(path.name)
+    return (path.parent if path.name == "checkpoints" else path), None
 
 
 @contextmanager

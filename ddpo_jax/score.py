@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import io
 import sys
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,15 +27,12 @@ from jaxtyping import Float32, UInt8
 
 from ddpo_jax import rewards
 from ddpo_jax.command import check_output, describe, run_command
-from ddpo_jax.config import OVERRIDE, joined
 from ddpo_jax.errors import UserError
 from ddpo_jax.picture_folder import Entry, list_pictures, read_all
 from ddpo_jax.report import scores as report
+from ddpo_jax.scoring import FLAGS, make_prompts, read_settings, score_chunks, split_fields
 from ddpo_jax.types import Prompts, PyTree, Reward
 from ddpo_jax.workdir import write_atomically
-
-DEFAULTS = rewards.Settings(deadline=300.0, num_workers=2)  # as in configs/base.py
-FLAGS = {"reward.name": "--reward"}
 
 
 class Chunk(NamedTuple):
@@ -47,9 +43,7 @@ class Chunk(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = joined(sys.argv[1:] if argv is None else argv)
-    fields = [arg for arg in argv if OVERRIDE.match(arg)]
-    others = [arg for arg in argv if not OVERRIDE.match(arg)]
+    fields, others = split_fields(argv)
     return run_command(lambda flags: score(flags, fields), parser(), others, flag_of=FLAGS)
 
 
@@ -101,33 +95,6 @@ def score(flags: argparse.Namespace, fields: Sequence[str]) -> None:
     print(f"{output}: {len(entries)} pictures in {seconds:.1f} s, {len(entries) / seconds:.3g} a second")
 
 
-def read_settings(fields: Sequence[str]) -> rewards.Settings:
-    """What rewards are made with: DEFAULTS with the fields that flags --config.reward.FIELD=VALUE change.
-
-    Raises:
-        UserError: there is no such field, it is nothing to a reward alone, or the value is of another type.
-    """
-    settings = DEFAULTS
-    for arg in fields:
-        name, given, value = arg.partition("=")
-        name = name.lstrip("-").removeprefix("config.reward.")
-        if name == "name":
-            raise UserError(f"{arg}: give --reward in place of it")
-        if name not in settings._fields:
-            near = difflib.get_close_matches(name, settings._fields, n=1)
-            hint = f"did you mean --config.reward.{near[0]}?" if near else f"expected {_choices()}"
-            raise UserError(f"{arg}: no field that a score depends on; {hint}")
-        kind = type(getattr(DEFAULTS, name))
-        try:
-            if not given:
-                raise ValueError
-            settings = settings._replace(**{name: kind(value)})
-        except ValueError:
-            wanted = {int: "a whole number", float: "a number", str: "=VALUE"}[kind]
-            raise UserError(f"{arg}: expected {wanted}") from None
-    return settings
-
-
 def score_all(
     reward: Reward, params: tuple[PyTree, ...], entries: tuple[Entry, ...], *, chunk_size: int, in_flight: int
 ) -> tuple[Float32[np.ndarray, "n experts"], list[str]]:
@@ -137,25 +104,14 @@ def score_all(
     """
     values = np.full((len(entries), len(reward.names)), np.nan, np.float32)
     reasons = [""] * len(entries)
-    pending: deque = deque()
-
-    def finish() -> None:
-        positions, waiting = pending.popleft()
-        found = reward.result(waiting)[: len(positions)]
+    chunks = (
+        (chunk.positions, len(chunk.positions), chunk.images, prompts_of(entries, chunk))
+        for chunk in make_chunks(entries, reasons, chunk_size=chunk_size)
+    )
+    for positions, found, why in score_chunks(reward, params, chunks, in_flight=in_flight):
         values[positions] = found
-        why = reward.why(waiting) if reward.why and np.isnan(found).any() else ""
-        if why and np.isnan(found).sum() > 1:  # scorers tell of the last one
-            why = f"of this picture or of one that was scored with it: {why}"
         for i in np.flatnonzero(np.isnan(found).any(axis=1)):
             reasons[positions[i]] = why
-
-    for chunk in make_chunks(entries, reasons, chunk_size=chunk_size):
-        if len(pending) == in_flight:
-            finish()
-        prompts = prompts_of(entries, chunk)
-        pending.append((chunk.positions, reward.submit(params, chunk.images, prompts)))
-    while pending:
-        finish()
     return values, reasons
 
 
@@ -181,15 +137,10 @@ def make_chunks(entries: tuple[Entry, ...], reasons: list[str], *, chunk_size: i
 
 
 def prompts_of(entries: tuple[Entry, ...], chunk: Chunk) -> Prompts:
-    """The chunk's prompts, for those that fill up too. No tokens: rewards make their own."""
-    count = len(chunk.images)
-    chosen = [entries[i] for i in _filled(chunk.positions, count)]
-    return Prompts(
-        texts=tuple(entry.text for entry in chosen),
-        tokens=np.zeros((count, 0), np.int32),
-        id=np.asarray(_filled(chunk.positions, count), np.int32),
-        metadata=tuple(entry.metadata for entry in chosen),
-    )
+    """The chunk's prompts, for those that fill up too."""
+    positions = _filled(chunk.positions, len(chunk.images))
+    chosen = [entries[i] for i in positions]
+    return make_prompts([entry.text for entry in chosen], np.asarray(positions), [entry.metadata for entry in chosen])
 
 
 def table(
@@ -229,10 +180,6 @@ def _stack(held: list[tuple[int, np.ndarray]], count: int) -> Chunk:
 
 def _filled(items: list, count: int) -> list:
     return items + [items[-1]] * (count - len(items))
-
-
-def _choices() -> str:
-    return ", ".join(f"--config.reward.{name}" for name in DEFAULTS._fields)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ def keep_start(workdir: Path, argv: Sequence[str], *, epoch: int) -> None:
     append(workdir / "starts.jsonl", {"epoch": epoch, "utc": now, "command": command(argv), **environment()})
 
 
-def command(argv: Sequence[str]) -> str:
-    """The line to type in a shell for the same run. A home folder in it is `"$HOME"`: its name is nobody's business."""
-    return " ".join(["python -m ddpo_jax.main", *map(_quote, argv)])
+def command(argv: Sequence[str], module: str = "main") -> str:
+    """The line to type in a shell for the same again. A home folder is `"$HOME"`: its name is nobody's business."""
+    return " ".join([f"python -m ddpo_jax.{module}", *map(_quote, argv)])
 
 
 def _quote(argument: str) -> str:

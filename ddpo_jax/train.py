@@ -17,7 +17,7 @@ from ddpo_jax.build import Run, build, init_state
 from ddpo_jax.clock import Clock, running_clock
 from ddpo_jax.diffusers_folder import check_target
 from ddpo_jax.errors import Preempted
-from ddpo_jax.evaluate import evaluate
+from ddpo_jax.fixed_noise import evaluate
 from ddpo_jax.metrics import Console, Writer
 from ddpo_jax.saved import about, export_trained
 from ddpo_jax.sharding import bytes_held

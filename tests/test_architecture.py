@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 
 # As in the design; what it names no place for stands as far to the left as what it reads allows.
 ORDER = [
-    *("types", "errors", "words", "plugins", "workdir", "config", "command"),
+    *("types", "errors", "words", "plugins", "statistics", "workdir", "config", "command"),
     *(
         "multihost",
         "process",
@@ -28,9 +28,9 @@ ORDER = [
         "optimizers",
     ),
     *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder", "bradley_terry"),
-    *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
-    *("methods", "settings", "build", "saved"),
-    *("export", "sample", "score", "fit_reward", "train", "main"),
+    *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "fixed_noise"),
+    *("methods", "settings", "build", "saved", "sampling", "scoring", "prompt_flags", "drawn", "findings"),
+    *("export", "sample", "score", "evaluate", "pairs", "fit_reward", "train", "main"),
 ]
 ASIDE = "tiny"  # makes the embedded model: reads anything but train and main, and is read by nothing else
 

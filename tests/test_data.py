@@ -120,6 +120,9 @@ def test_broken_tokenizer_folder(vocab_folder, tmp_path, name, content, message)
         ("imagenet_animals", 398, ["tench", "Chihuahua", "puffer"]),
         ("common_animals", 45, ["a fox", "an ant"]),
         ("animal_activities", 135, ["an ant playing chess", "a cat washing the dishes"]),
+        ("unseen_animals", 45, ["a capybara", "an octopus"]),
+        ("unseen_animal_activities", 135, ["a crab playing chess"]),
+        ("unseen_activities", 270, ["a horse typing on a keyboard"]),
         (
             "counting",
             45 * 7,
@@ -132,6 +135,12 @@ def test_built_in_sets(name, count, examples):
     assert len(found.texts) == len(set(found.texts)) == len(found.metadata) == count
     assert set(examples) <= set(found.texts)
     assert all(text == text.strip() and "," not in text for text in found.texts)
+
+
+def test_what_is_unseen_is_in_no_set_to_train_on():
+    seen = {text for name in ("common_animals", "animal_activities") for text in data.prompt_source(name).texts}
+    for name in ("unseen_animals", "unseen_animal_activities", "unseen_activities"):
+        assert not seen & set(data.prompt_source(name).texts)
 
 
 def test_counting_asks_for_what_the_prompt_says():

@@ -16,7 +16,7 @@ from ddpo_jax.algorithms.parts import scored_rollouts
 from ddpo_jax.build import build, init_state
 from ddpo_jax.checkpoint import host_copy
 from ddpo_jax.errors import RunStopped, UserError
-from ddpo_jax.evaluate import evaluate
+from ddpo_jax.fixed_noise import evaluate
 from ddpo_jax.methods import make_advantages
 from ddpo_jax.types import Reward
 from ddpo_jax.update import make_update, plan, summarize

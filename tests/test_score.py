@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_jax import rewards, score
+from ddpo_jax import rewards, score, scoring
 from ddpo_jax.picture_folder import read_picture
 from ddpo_jax.tiny.render import render
 from ddpo_jax.types import Prompts
@@ -144,13 +144,13 @@ def test_a_page_of_very_many_shows_the_first_and_the_last(tmp_path, capsys, monk
 def test_settings_are_those_of_a_run():
     base = runpy.run_path(str(BASE))
     fields = base["get_config"]().reward
-    assert {name: fields[name] for name in rewards.Settings._fields} == score.DEFAULTS._asdict()
+    assert {name: fields[name] for name in rewards.Settings._fields} == scoring.DEFAULTS._asdict()
     given = [
         "--config.reward.num_workers=3",
         "--config.reward.clip_template=a photo of {}=",
         "-config.reward.deadline=2",
     ]
-    assert score.read_settings(given) == rewards.Settings(2.0, 3, "", "a photo of {}=")
+    assert scoring.read_settings(given) == rewards.Settings(2.0, 3, "", "a photo of {}=")
 
 
 WRONG = {

@@ -65,6 +65,9 @@ img { display: block; width: 100%; height: auto; border-radius: 4px; background:
 img.smooth { image-rendering: auto; }
 .pair figcaption { grid-column: 1 / -1; font-weight: 600; margin-bottom: -2px; }
 .pair div span { color: var(--muted); font-size: 14px; }
+.pair .scores { grid-column: 1 / -1; }
+.pair .scores span { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; line-height: 1.4; }
+.pair .scores b { font-weight: normal; color: var(--ink); font-variant-numeric: tabular-nums; white-space: nowrap; }
 .films { display: grid; gap: 14px 10px; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); }
 .films figcaption { font-size: 13px; margin-top: 3px; }
 .ranked { display: grid; gap: 22px 14px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
@@ -78,11 +81,12 @@ img.smooth { image-rendering: auto; }
 .slider { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; align-items: center; gap: 0 14px;
   padding: 10px 0; background: var(--page); }
 .slider input { flex: 1 1 220px; height: 32px; margin: 0; accent-color: var(--train); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 8px; }
 table { overflow-wrap: break-word; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--grid); text-align: left; vertical-align: top; }
 th { color: var(--muted); font-weight: normal; }
 @media (max-width: 600px) { th, td { padding-right: 10px; } th:first-child, td:first-child { width: 48%; } }
+td small { display: block; color: var(--muted); font-size: 12px; }
 td.figure, th.figure { text-align: right; white-space: nowrap; }
 details { margin: 14px 0; }
 summary { cursor: pointer; padding: 4px 0; color: var(--train); }

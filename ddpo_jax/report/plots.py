@@ -61,6 +61,15 @@ class Series(NamedTuple):
     spread: Sequence[float] | None = None  # standard deviations: a band of ± one
 
 
+class Interval(NamedTuple):
+    """A number and how far it may be off; NaN where that is not known."""
+
+    text: str
+    value: float
+    low: float
+    high: float
+
+
 class Change(NamedTuple):
     """A prompt's mean reward."""
 
@@ -142,6 +151,41 @@ def histogram(values: Float[np.ndarray, " n"], *, size: tuple[int, int], x_label
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.set_xlabel(x_label)
         axes.set_ylabel("pictures")
+        return _svg(figure)
+
+
+def intervals(rows: Sequence[Interval], *, x_label: str) -> str:
+    """A mark with its interval a row, beside a line at 0; the first row is at the top."""
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, axes = _figure((NARROW[0], 64 + 30 * len(rows)))
+        places = np.arange(len(rows))
+        axes.axvline(0, color=COLORS["muted"], linewidth=1.5)
+        axes.hlines(places, [row.low for row in rows], [row.high for row in rows], color=COLORS["train"], linewidth=3)
+        axes.plot([row.value for row in rows], places, "o", color=COLORS["train"], markersize=8)
+        axes.set_yticks(places, [_shorten(row.text) for row in rows], parse_math=False)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.set_xlabel(x_label)
+        return _svg(figure)
+
+
+def scatter(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], *, x_label: str, y_label: str) -> str:
+    """A dot a pair of finite numbers, at least one, beside the line on which both are the same."""
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "both"}):
+        figure, axes = _figure((NARROW[0], 300))
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
+        margin = 0.05 * (high - low) or 1.0
+        axes.plot([low - margin, high + margin], [low - margin, high + margin], color=COLORS["muted"], linewidth=1.5)
+        axes.plot(x, y, "o", color=COLORS["train"], alpha=0.45, markersize=5, markeredgewidth=0)
+        axes.set_xlim(low - margin, high + margin)
+        axes.set_ylim(low - margin, high + margin)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, steps=STEPS))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.set_xlabel(_shorten(x_label), parse_math=False)
+        axes.set_ylabel(_shorten(y_label), parse_math=False)
         return _svg(figure)
 
 
