@@ -122,7 +122,7 @@ class Trained:
                 phase=silent,
                 check=passing,
             )
-            self.rewards.append(report["reward/mean"])
+            self.rewards.append(report.get("reward/mean", self.history[0].get("reward/mean", 0.0)))
             programs = (*update, run.parts.sample)
             self.programs.append([program._cache_size() for program in programs])
         self.update, self.state = update, state
@@ -131,6 +131,22 @@ class Trained:
 TUNINGS = {"full": {}, "lora": {"train.lora_rank": 2}}
 
 SETTINGS = TUNINGS | {
+    "diffusion_dpo": {
+        "algorithm": "diffusion_dpo",
+        "data.source": "scorers:red_or_blue",
+        "data.batch_size": 12,
+        "dpo.beta": 100.0,
+    },
+    "online_dpo": {
+        "algorithm": "online_dpo",
+        "sample.num_prompts": 3,
+        "sample.num_samples_per_prompt": 4,
+        "dpo.beta": 100.0,
+        "dpo.reference_every": 1,
+        "train.lora_rank": 2,
+    },
+    "rwr": {"algorithm": "rwr", "rwr.temperature": 0.05, "sample.guidance_scale": 2.0},
+    "reward_backprop": {"algorithm": "reward_backprop", "backprop.min_steps": 0, "backprop.max_steps": 2},
     "recompute": {"train.old_log_prob": "recompute", "train.timestep_fraction": 0.7, "train.num_updates": 3},
 }
 
@@ -159,6 +175,23 @@ def test_every_mesh_trains_the_same(trained, tuning, sizes):
     assert distance(many.state.params, one.state.params) <= 1e-5
     np.testing.assert_allclose(many.rewards, one.rewards, rtol=1e-5)
     assert many.history[0]["ratio_max_deviation"] <= 1e-2
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "diffusion_dpo",
+        "reward_backprop",
+        pytest.param("online_dpo", marks=pytest.mark.slow),
+        pytest.param("rwr", marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_is_the_same_on_a_mesh(trained, method):
+    one, many = trained(method, (1, 1, 1)), trained(method, (2, 2, 2))
+    assert distance(one.state.params, one.start) > 1e-4
+    assert distance(many.state.params, one.state.params) <= 1e-5
+    np.testing.assert_allclose(many.rewards, one.rewards, rtol=1e-5)
+    assert many.programs[0] == many.programs[1]
 
 
 @on_meshes
