@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.pictures import in_threads, read_square, stack
 from ddpo_jax.plugins import load_object
 
 
@@ -26,7 +26,8 @@ def open_source(source: str, *, resolution: int) -> ImageText:
     """Captioned images of a folder, or of a function of yours.
 
     A folder holds metadata.jsonl with `file_name` and `text` (Hugging Face's imagefolder layout); its images are
-    turned upright, cut to a centred square and resized. `module:function` is called as function(index) -> (H, W, 3)
+    turned upright, cut to a centred square and resized, as those of a data set that ddpo_jax.prepare wrote are.
+    `module:function` is called as function(index) -> (H, W, 3)
     uint8, caption, for any index from 0 to below 2^63, and gives the right size itself.
 
     Raises:
@@ -54,9 +55,17 @@ def make_batch(
 ) -> tuple[Float32[np.ndarray, "b H W 3"], tuple[str, ...]]:
     """A round's images, in [0, 1], and captions. A finite source is walked in passes, each shuffled anew."""
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    pairs = [_checked(source.get(index), index, resolution) for index in indices]
+    pairs = [
+        _checked(pair, index, resolution)
+        for pair, index in zip(read_rows(source.get, source.length, indices), indices, strict=True)
+    ]
     images, captions = zip(*pairs, strict=True)
-    return np.stack(images).astype(np.float32) / 255, tuple(captions)
+    return stack(list(images)), tuple(captions)
+
+
+def read_rows(get: Callable, length: int | None, indices: list[int]) -> list[Any]:
+    """What a source holds under each index. A function of the user's own is called on this thread alone."""
+    return [get(index) for index in indices] if length is None else in_threads(get, indices)
 
 
 def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[int]:
@@ -69,14 +78,12 @@ def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[
     return [int(orders[number][position]) for number, position in places]
 
 
-def load_image(path: Path, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB, turned upright as its EXIF says, cut to a centred square and resized."""
+def load_image(picture: Path | bytes, resolution: int, where: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """`read_square`, whose errors name the file, or `where` it is."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError where a PNG is broken
-        raise UserError(f"{path}: not a picture that can be read ({error})") from None
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
+        return read_square(picture, resolution)
+    except UserError as error:
+        raise UserError(f"{where or picture}: not a picture that can be used: {error}") from None
 
 
 def _checked(pair: Any, index: int, resolution: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.image_text import load_image, numbered_lines, walk
+from ddpo_jax.image_text import load_image, numbered_lines, read_rows, walk
+from ddpo_jax.pictures import stack
 from ddpo_jax.plugins import load_object
 
 FILES = "pairs*.jsonl"
@@ -46,9 +47,10 @@ def open_source(source: str, *, resolution: int) -> Pairs:
     """Pairs of a folder, or of a function of yours.
 
     A folder holds pairs.jsonl, or several files pairs*.jsonl that are read in the order of their names; a line is
-    {"prompt": ..., "image_0": file, "image_1": file, "label": number}, the files relative to the folder. Its pictures
-    are turned upright, cut to a centred square and resized. `module:function` is called as function(index) -> (prompt,
-    image_0, image_1, label), images (H, W, 3) uint8 of the right size, for any index from 0 to below 2^63.
+    {"prompt": ..., "image_0": file, "image_1": file, "label": number}, the files relative to the folder. Its pictures,
+    like those of a data set that ddpo_jax.prepare wrote, are turned upright, cut to a centred square and resized.
+    `module:function` is called as function(index) -> (prompt, image_0, image_1, label), images (H, W, 3) uint8 of the
+    right size, for any index from 0 to below 2^63.
 
     Raises:
         UserError: there is no such folder or function, or a line cannot be used.
@@ -79,12 +81,14 @@ def make_batch(
     horizontal_flip: turns each picture over, left to right, with a chance of one half.
     """
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    pairs = [_checked(source.get(index), index, resolution) for index in indices]
+    pairs = [
+        _checked(pair, index, resolution)
+        for pair, index in zip(read_rows(source.get, source.length, indices), indices, strict=True)
+    ]
     flips = np.random.default_rng((seed, epoch, 1)).random((2, batch_size)) < 0.5 * horizontal_flip
 
     def stacked(images: list, flipped: np.ndarray) -> Float32[np.ndarray, "b H W 3"]:
-        turned = [image[:, ::-1] if over else image for image, over in zip(images, flipped, strict=True)]
-        return np.stack(turned).astype(np.float32) / 255
+        return stack([image[:, ::-1] if over else image for image, over in zip(images, flipped, strict=True)])
 
     return Batch(
         tuple(pair.prompt for pair in pairs),

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 
 # As in the design; what it names no place for stands as far to the left as what it reads allows.
 ORDER = [
-    *("types", "errors", "words", "plugins", "workdir", "config", "command"),
+    *("types", "errors", "words", "pictures", "plugins", "workdir", "config", "command"),
     *(
         "multihost",
         "process",
