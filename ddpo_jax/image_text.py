@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import UserError
 from ddpo_jax.pictures import in_threads, read_square, stack
 from ddpo_jax.plugins import load_object
@@ -23,12 +24,12 @@ class ImageText(NamedTuple):
 
 
 def open_source(source: str, *, resolution: int) -> ImageText:
-    """Captioned images of a folder, or of a function of yours.
+    """Captioned images of a folder, of a prepared data set, or of a function of yours.
 
     A folder holds metadata.jsonl with `file_name` and `text` (Hugging Face's imagefolder layout); its images are
     turned upright, cut to a centred square and resized, as those of a data set that ddpo_jax.prepare wrote are.
-    `module:function` is called as function(index) -> (H, W, 3)
-    uint8, caption, for any index from 0 to below 2^63, and gives the right size itself.
+    `module:function` is called as function(index) -> (H, W, 3) uint8, caption, for any index from 0 to below 2^63, and
+    gives the right size itself.
 
     Raises:
         UserError: there is no such folder or function, or a line of metadata.jsonl cannot be used.
@@ -36,9 +37,14 @@ def open_source(source: str, *, resolution: int) -> ImageText:
     folder = Path(source).expanduser()
     if ":" in source and not folder.exists():
         return ImageText(load_object(source), None)
+    if is_prepared(folder):
+        return _prepared(folder, resolution)
     if not (folder / "metadata.jsonl").is_file():
         found = "a folder without it" if folder.is_dir() else "no such folder"
-        raise UserError(f"data.source={source!r}: {found}; expected a folder with metadata.jsonl, or module:function")
+        raise UserError(
+            f"data.source={source!r}: {found}; expected a folder with metadata.jsonl, a prepared data set,"
+            " or module:function"
+        )
     rows = [_metadata_row(folder, number, line) for number, line in numbered_lines(folder / "metadata.jsonl")]
     if not rows:
         raise UserError(f"data.source={source!r}: metadata.jsonl holds no image")
@@ -84,6 +90,16 @@ def load_image(picture: Path | bytes, resolution: int, where: str = "") -> UInt8
         return read_square(picture, resolution)
     except UserError as error:
         raise UserError(f"{where or picture}: not a picture that can be used: {error}") from None
+
+
+def _prepared(folder: Path, resolution: int) -> ImageText:
+    records = open_prepared(folder, "captioned")
+
+    def get(index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        record = records.get(index)
+        return load_image(record.image, resolution, f"data.source, index {index}"), record.text
+
+    return ImageText(get, records.length)
 
 
 def _checked(pair: Any, index: int, resolution: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import UserError
 from ddpo_jax.image_text import load_image, numbered_lines, read_rows, walk
 from ddpo_jax.pictures import stack
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
 
 
 def open_source(source: str, *, resolution: int) -> Pairs:
-    """Pairs of a folder, or of a function of yours.
+    """Pairs of a folder, of a prepared data set, or of a function of yours.
 
     A folder holds pairs.jsonl, or several files pairs*.jsonl that are read in the order of their names; a line is
     {"prompt": ..., "image_0": file, "image_1": file, "label": number}, the files relative to the folder. Its pictures,
@@ -58,10 +59,15 @@ def open_source(source: str, *, resolution: int) -> Pairs:
     folder = Path(source).expanduser()
     if ":" in source and not folder.exists():
         return Pairs(load_object(source), None)
+    if is_prepared(folder):
+        return _prepared(folder, resolution)
     files = sorted(folder.glob(FILES))
     if not files:
         found = "a folder without it" if folder.is_dir() else "no such folder"
-        raise UserError(f"data.source={source!r}: {found}; expected a folder with pairs.jsonl, or module:function")
+        raise UserError(
+            f"data.source={source!r}: {found}; expected a folder with pairs.jsonl, a prepared data set,"
+            " or module:function"
+        )
     rows = [_row(folder, f"{path}, line {number}", line) for path in files for number, line in numbered_lines(path)]
     if not rows:
         raise UserError(f"data.source={source!r}: its {FILES} hold no pair")
@@ -96,6 +102,19 @@ def make_batch(
         stacked([pair.image_1 for pair in pairs], flips[1]),
         np.array([pair.label for pair in pairs], np.float32),
     )
+
+
+def _prepared(folder: Path, resolution: int) -> Pairs:
+    records = open_prepared(folder, "preference")
+
+    def get(index: int) -> Pair:
+        prompt, image_0, image_1, label = records.get(index)
+        image_0, image_1 = (
+            load_image(image, resolution, f"data.source, index {index}") for image in (image_0, image_1)
+        )
+        return Pair(prompt, image_0, image_1, label)
+
+    return Pairs(get, records.length)
 
 
 def _checked(pair: Any, index: int, resolution: int) -> Pair:

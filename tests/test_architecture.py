@@ -26,10 +26,10 @@ ORDER = [
         "finetune",
         "optimizers",
     ),
-    *("rewards", "algorithms", "update", "data", "image_text", "preferences", "picture_folder"),
+    *("rewards", "algorithms", "update", "data", "datasets", "image_text", "preferences", "picture_folder"),
     *("metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "evaluate"),
     *("settings", "build", "saved"),
-    *("export", "sample", "score", "train", "main"),
+    *("export", "sample", "score", "prepare", "train", "main"),
 ]
 ASIDE = "tiny"  # makes the embedded model: reads anything but train and main, and is read by nothing else
 
