@@ -12,7 +12,7 @@ from jaxtyping import Float32, UInt8
 
 from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import UserError
-from ddpo_jax.pictures import in_threads, read_square, stack
+from ddpo_jax.pictures import in_threads, read_square, to_unit
 from ddpo_jax.plugins import load_object
 
 
@@ -61,17 +61,19 @@ def make_batch(
 ) -> tuple[Float32[np.ndarray, "b H W 3"], tuple[str, ...]]:
     """A round's images, in [0, 1], and captions. A finite source is walked in passes, each shuffled anew."""
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    pairs = [
-        _checked(pair, index, resolution)
-        for pair, index in zip(read_rows(source.get, source.length, indices), indices, strict=True)
-    ]
-    images, captions = zip(*pairs, strict=True)
-    return stack(list(images)), tuple(captions)
+    images = np.empty((batch_size, resolution, resolution, 3), np.float32)
+
+    def read(i: int) -> str:
+        image, caption = _checked(source.get(indices[i]), indices[i], resolution)
+        to_unit(image, images[i])
+        return caption
+
+    return images, tuple(read_rows(read, source.length, batch_size))
 
 
-def read_rows(get: Callable, length: int | None, indices: list[int]) -> list[Any]:
-    """What a source holds under each index. A function of the user's own is called on this thread alone."""
-    return [get(index) for index in indices] if length is None else in_threads(get, indices)
+def read_rows(read: Callable, length: int | None, batch_size: int) -> list[Any]:
+    """read(i) of each row of a batch. What calls a function of the user's own stays on this thread."""
+    return [read(i) for i in range(batch_size)] if length is None else in_threads(read, range(batch_size))
 
 
 def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[int]:

@@ -74,11 +74,9 @@ def square(file: Image.Image, resolution: int) -> Image.Image:
     return ImageOps.fit(opaque(file), (resolution, resolution), Image.Resampling.LANCZOS)
 
 
-def stack(images: list[UInt8[np.ndarray, "H W 3"]]) -> Float32[np.ndarray, "b H W 3"]:
-    """The pictures with values from 0 to 1."""
-    stacked = np.empty((len(images), *images[0].shape), np.float32)
-    in_threads(lambda i: np.divide(images[i], np.float32(255), out=stacked[i]), range(len(images)))
-    return stacked
+def to_unit(image: UInt8[np.ndarray, "H W 3"], out: Float32[np.ndarray, "H W 3"]) -> None:
+    """Writes the picture into `out`, with values from 0 to 1."""
+    np.divide(image, np.float32(255), out=out)
 
 
 def in_threads(function: Callable, values: Sequence[Any]) -> list[Any]:

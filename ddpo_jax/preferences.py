@@ -13,7 +13,7 @@ from jaxtyping import Float32, UInt8
 from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import UserError
 from ddpo_jax.image_text import load_image, numbered_lines, read_rows, walk
-from ddpo_jax.pictures import stack
+from ddpo_jax.pictures import to_unit
 from ddpo_jax.plugins import load_object
 
 FILES = "pairs*.jsonl"
@@ -87,21 +87,17 @@ def make_batch(
     horizontal_flip: turns each picture over, left to right, with a chance of one half.
     """
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    pairs = [
-        _checked(pair, index, resolution)
-        for pair, index in zip(read_rows(source.get, source.length, indices), indices, strict=True)
-    ]
     flips = np.random.default_rng((seed, epoch, 1)).random((2, batch_size)) < 0.5 * horizontal_flip
+    images = np.empty((2, batch_size, resolution, resolution, 3), np.float32)
 
-    def stacked(images: list, flipped: np.ndarray) -> Float32[np.ndarray, "b H W 3"]:
-        return stack([image[:, ::-1] if over else image for image, over in zip(images, flipped, strict=True)])
+    def read(i: int) -> tuple[str, float]:
+        pair = _checked(source.get(indices[i]), indices[i], resolution)
+        for image, over, out in zip((pair.image_0, pair.image_1), flips[:, i], images[:, i], strict=True):
+            to_unit(image[:, ::-1] if over else image, out)
+        return pair.prompt, pair.label
 
-    return Batch(
-        tuple(pair.prompt for pair in pairs),
-        stacked([pair.image_0 for pair in pairs], flips[0]),
-        stacked([pair.image_1 for pair in pairs], flips[1]),
-        np.array([pair.label for pair in pairs], np.float32),
-    )
+    prompts, labels = zip(*read_rows(read, source.length, batch_size), strict=True)
+    return Batch(prompts, images[0], images[1], np.array(labels, np.float32))
 
 
 def _prepared(folder: Path, resolution: int) -> Pairs:
