@@ -155,7 +155,7 @@ def embed(
     for i in range(math.ceil(count / chunk_size)):
         how = {"batch_size": chunk_size, "seed": seed, "epoch": i, "resolution": resolution, "horizontal_flip": False}
         batch = preferences.make_batch(source, **how)
-        pictures = np.concatenate([batch.images_0, batch.images_1])
+        pictures = np.concatenate([batch.images[:, 0], batch.images[:, 1]])
         texts = embed_texts(found.params, found.tokenize(list(batch.prompts)))
         chunks.append((batch.prompts, describe_images(found.params, pictures), texts, batch.labels))
         if i:  # of the one before, while this one is under way

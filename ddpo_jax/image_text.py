@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
+from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import UserError
+from ddpo_jax.pictures import in_threads, read_square
 from ddpo_jax.plugins import load_object
 
 
@@ -23,11 +24,12 @@ class ImageText(NamedTuple):
 
 
 def open_source(source: str, *, resolution: int) -> ImageText:
-    """Captioned images of a folder, or of a function of yours.
+    """Captioned images of a folder, of a prepared data set, or of a function of yours.
 
     A folder holds metadata.jsonl with `file_name` and `text` (Hugging Face's imagefolder layout); its images are
-    turned upright, cut to a centred square and resized. `module:function` is called as function(index) -> (H, W, 3)
-    uint8, caption, for any index from 0 to below 2^63, and gives the right size itself.
+    turned upright, cut to a centred square and resized, as those of a data set that ddpo_jax.prepare wrote are.
+    `module:function` is called as function(index) -> (H, W, 3) uint8, caption, for any index from 0 to below 2^63, and
+    gives the right size itself.
 
     Raises:
         UserError: there is no such folder or function, or a line of metadata.jsonl cannot be used.
@@ -35,9 +37,14 @@ def open_source(source: str, *, resolution: int) -> ImageText:
     folder = Path(source).expanduser()
     if ":" in source and not folder.exists():
         return ImageText(load_object(source), None)
+    if is_prepared(folder):
+        return _prepared(folder, resolution)
     if not (folder / "metadata.jsonl").is_file():
         found = "a folder without it" if folder.is_dir() else "no such folder"
-        raise UserError(f"data.source={source!r}: {found}; expected a folder with metadata.jsonl, or module:function")
+        raise UserError(
+            f"data.source={source!r}: {found}; expected a folder with metadata.jsonl, a prepared data set,"
+            " or module:function"
+        )
     rows = [_metadata_row(folder, number, line) for number, line in numbered_lines(folder / "metadata.jsonl")]
     if not rows:
         raise UserError(f"data.source={source!r}: metadata.jsonl holds no image")
@@ -54,9 +61,18 @@ def make_batch(
 ) -> tuple[UInt8[np.ndarray, "b H W 3"], tuple[str, ...]]:
     """A round's images and captions. A finite source is walked in passes, each shuffled anew."""
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    pairs = [_checked(source.get(index), index, resolution) for index in indices]
-    images, captions = zip(*pairs, strict=True)
-    return np.stack(images), tuple(captions)
+    images = np.empty((batch_size, resolution, resolution, 3), np.uint8)
+
+    def read(i: int) -> str:
+        images[i], caption = _checked(source.get(indices[i]), indices[i], resolution)
+        return caption
+
+    return images, tuple(read_rows(read, source.length, batch_size))
+
+
+def read_rows(read: Callable, length: int | None, batch_size: int) -> list[Any]:
+    """read(i) of each row of a batch. What calls a function of the user's own stays on this thread."""
+    return [read(i) for i in range(batch_size)] if length is None else in_threads(read, range(batch_size))
 
 
 def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[int]:
@@ -69,14 +85,22 @@ def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[
     return [int(orders[number][position]) for number, position in places]
 
 
-def load_image(path: Path, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB, turned upright as its EXIF says, cut to a centred square and resized."""
+def load_image(picture: Path | bytes, resolution: int, where: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """`read_square`, whose errors name the file, or `where` it is."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError where a PNG is broken
-        raise UserError(f"{path}: not a picture that can be read ({error})") from None
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
+        return read_square(picture, resolution)
+    except UserError as error:
+        raise UserError(f"{where or picture}: not a picture that can be used: {error}") from None
+
+
+def _prepared(folder: Path, resolution: int) -> ImageText:
+    records = open_prepared(folder, "captioned")
+
+    def get(index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        record = records.get(index)
+        return load_image(record.image, resolution, f"data.source, index {index}"), record.text
+
+    return ImageText(get, records.length)
 
 
 def _checked(pair: Any, index: int, resolution: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.pictures import read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 METADATA = "metadata.jsonl"
 SHEET = "grid.png"  # of all pictures, which ddpo_jax.sample writes beside them
 
@@ -83,22 +82,6 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     return dict(_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture as 8-bit RGB, turned upright as its EXIF says, over white where it is transparent.
-
-    Raises:
-        UserError: it is broken, or of another kind than its name says.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            return np.asarray(_opaque(ImageOps.exif_transpose(file), file.format))
-    # Pillow raises SyntaxError where a PNG is broken, and names the file with its folder where it knows no format
-    except Image.UnidentifiedImageError:
-        raise UserError("not a picture of a known kind") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot be read ({error})") from None
-
-
 def read_all(entries: tuple[Entry, ...]) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"] | None, str]]:
     """(position, picture, "") of each that can be read, (position, None, the reason) of the others."""
     for i, entry in enumerate(entries):
@@ -117,15 +100,3 @@ def _row(where: str, line: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(text, str):
         raise UserError(f"{where}: expected a string for text, found {text!r}")
     return name, row
-
-
-def _opaque(image: Image.Image, kind: str | None) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # 16 bits, which Pillow would cut off
-        return Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}; expected 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

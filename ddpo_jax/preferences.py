@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import UserError
-from ddpo_jax.image_text import load_image, numbered_lines, walk
+from ddpo_jax.image_text import load_image, numbered_lines, read_rows, walk
 from ddpo_jax.pairing import Chosen
 from ddpo_jax.plugins import load_object
 from ddpo_jax.workdir import replace_file, write_atomically
@@ -46,12 +47,13 @@ class Batch(NamedTuple):
 
 
 def open_source(source: str, *, resolution: int) -> Pairs:
-    """Pairs of a folder, or of a function of yours.
+    """Pairs of a folder, of a prepared data set, or of a function of yours.
 
     A folder holds pairs.jsonl, or several files pairs*.jsonl that are read in the order of their names; a line is
-    {"prompt": ..., "image_0": file, "image_1": file, "label": number}, the files relative to the folder. Its pictures
-    are turned upright, cut to a centred square and resized. `module:function` is called as function(index) -> (prompt,
-    image_0, image_1, label), images (H, W, 3) uint8 of the right size, for any index from 0 to below 2^63.
+    {"prompt": ..., "image_0": file, "image_1": file, "label": number}, the files relative to the folder. Its pictures,
+    like those of a data set that ddpo_jax.prepare wrote, are turned upright, cut to a centred square and resized.
+    `module:function` is called as function(index) -> (prompt, image_0, image_1, label), images (H, W, 3) uint8 of the
+    right size, for any index from 0 to below 2^63.
 
     Raises:
         UserError: there is no such folder or function, or a line cannot be used.
@@ -59,10 +61,15 @@ def open_source(source: str, *, resolution: int) -> Pairs:
     folder = Path(source).expanduser()
     if ":" in source and not folder.exists():
         return Pairs(load_object(source), None)
+    if is_prepared(folder):
+        return _prepared(folder, resolution)
     files = sorted(folder.glob(FILES))
     if not files:
         found = "a folder without it" if folder.is_dir() else "no such folder"
-        raise UserError(f"data.source={source!r}: {found}; expected a folder with pairs.jsonl, or module:function")
+        raise UserError(
+            f"data.source={source!r}: {found}; expected a folder with pairs.jsonl, a prepared data set,"
+            " or module:function"
+        )
     rows = [_row(folder, f"{path}, line {number}", line) for path in files for number, line in numbered_lines(path)]
     if not rows:
         raise UserError(f"data.source={source!r}: its {FILES} hold no pair")
@@ -82,11 +89,17 @@ def make_batch(
     horizontal_flip: turns each picture over, left to right, with a chance of one half.
     """
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    pairs = [_checked(source.get(index), index, resolution) for index in indices]
-    images = np.stack([[pair.image_0, pair.image_1] for pair in pairs])
     flips = np.random.default_rng((seed, epoch, 1)).random((batch_size, 2)) < 0.5 * horizontal_flip
-    images[flips] = images[flips][:, :, ::-1]
-    return Batch(tuple(pair.prompt for pair in pairs), images, np.array([pair.label for pair in pairs], np.float32))
+    images = np.empty((batch_size, 2, resolution, resolution, 3), np.uint8)
+
+    def read(i: int) -> tuple[str, float]:
+        pair = _checked(source.get(indices[i]), indices[i], resolution)
+        for side, (image, over) in enumerate(zip((pair.image_0, pair.image_1), flips[i], strict=True)):
+            images[i, side] = image[:, ::-1] if over else image
+        return pair.prompt, pair.label
+
+    prompts, labels = zip(*read_rows(read, source.length, batch_size), strict=True)
+    return Batch(prompts, images, np.array(labels, np.float32))
 
 
 def save_round(
@@ -120,6 +133,19 @@ def save_round(
             }
         )
     write_atomically(folder / f"pairs-{number:05d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _prepared(folder: Path, resolution: int) -> Pairs:
+    records = open_prepared(folder, "preference")
+
+    def get(index: int) -> Pair:
+        prompt, image_0, image_1, label = records.get(index)
+        image_0, image_1 = (
+            load_image(image, resolution, f"data.source, index {index}") for image in (image_0, image_1)
+        )
+        return Pair(prompt, image_0, image_1, label)
+
+    return Pairs(get, records.length)
 
 
 def _checked(pair: Any, index: int, resolution: int) -> Pair:

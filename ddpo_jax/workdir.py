@@ -65,6 +65,19 @@ def claim(workdir: Path, config: Mapping[str, Any], *, patience: int | float = 0
                 _remove_empty(made)
 
 
+@contextmanager
+def hold(path: Path, name: str) -> Iterator[None]:
+    """Holds a lock file, which stays behind, against other processes.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with path.open("w") as lock:
+        if not _locked(lock):
+            raise UserError(f"{name}: another process is in it; wait for it or give another folder")
+        yield
+
+
 def _locked(lock: IO[str]) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

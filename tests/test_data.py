@@ -272,6 +272,16 @@ def test_pictures_keep_their_captions(tmp_path):
     white = tmp_path / "white.png"
     Image.new("L", (5, 5), 255).save(white)
     assert (image_text.load_image(white, 4) == 255).all()
+    Image.new("RGBA", (5, 5), (9, 9, 9, 0)).save(white)
+    assert (image_text.load_image(white, 4) == 255).all()
+
+
+def test_a_large_jpeg_looks_as_if_decoded_at_full_size(tmp_path):
+    y, x = np.mgrid[0:512, 0:512] / 512
+    image = Image.fromarray((np.stack([x, y, np.sin(9 * x * y) ** 2], -1) * 255).astype(np.uint8))
+    image.save(tmp_path / "large.jpg", quality=95)
+    expected = np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(image_text.load_image(tmp_path / "large.jpg", 64) - expected).mean() < 1
 
 
 def test_picture_is_upright_and_cut_at_its_centre(tmp_path):

@@ -72,7 +72,8 @@ def test_the_folder_is_a_source_of_preferences(made):
     assert (pair.prompt, pair.label) == (row["prompt"], row["label"])
     np.testing.assert_array_equal(pair.image_0, np.asarray(Image.open(made / row["image_0"])))
     batch = preferences.make_batch(source, batch_size=8, seed=0, epoch=0, resolution=16, horizontal_flip=False)
-    brighter = batch.images_0.mean(axis=(1, 2, 3)) > batch.images_1.mean(axis=(1, 2, 3))
+    brightness = batch.images.mean(axis=(2, 3, 4))
+    brighter = brightness[:, 0] > brightness[:, 1]
     np.testing.assert_array_equal(batch.labels, brighter)
 
 

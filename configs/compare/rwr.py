@@ -11,7 +11,7 @@ from configs.compare import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.algorithm = "rwr"
-    # Of the same prompt the reward's standard deviation is about 0.2 kB. Among all, prompts that ask for much would win.
+    # Of one prompt the reward's standard deviation is about 0.2 kB. Among all, prompts that ask for much would win.
     config.rwr.by_prompt = True
     config.rwr.temperature = 0.05
     config.train.num_noise_draws = 2
