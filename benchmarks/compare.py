@@ -55,10 +55,12 @@ class Job(NamedTuple):
         return f"{self.method}-{self.kind}-{self.seed}"
 
 
-def jobs_of(methods: Sequence[str], seeds: Sequence[int], controls: Sequence[str]) -> Iterator[Job]:
+def jobs_of(
+    methods: Sequence[str], seeds: Sequence[int], controls: Sequence[str], control_seeds: Sequence[int]
+) -> Iterator[Job]:
     """Seed by seed, and of each the controls after what they control."""
     for seed in seeds:
-        for kind in ("true", *controls):
+        for kind in ("true", *(controls if seed in control_seeds else ())):
             yield from (Job(method, kind, seed) for method in methods if kind != "uniform" or method == "rwr")
 
 
@@ -164,12 +166,16 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="one run a folder in it")
     parser.add_argument("--methods", default=",".join(COLORS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--control_seeds", help="those of the seeds that have controls; all by default")
     parser.add_argument("--controls", default=",".join(CONTROLS), help='"" trains none')
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--picture", type=Path, help="a PNG to write")
     flags, overrides = parser.parse_known_args()
     methods, controls = flags.methods.split(","), [name for name in flags.controls.split(",") if name]
-    jobs = list(jobs_of(methods, [int(seed) for seed in flags.seeds.split(",")], controls))
+    seeds, control_seeds = (
+        [int(seed) for seed in of.split(",")] for of in (flags.seeds, flags.control_seeds or flags.seeds)
+    )
+    jobs = list(jobs_of(methods, seeds, controls, control_seeds))
     with ThreadPoolExecutor(flags.jobs) as pool:
         statuses = list(pool.map(lambda job: train(job, flags.workdir, overrides), jobs))
     runs = {job: told.read(flags.workdir / job.name) for job, status in zip(jobs, statuses, strict=True) if not status}
