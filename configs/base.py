@@ -59,7 +59,8 @@ def get_config() -> ConfigDict:
     pretrained.revision = ""
 
     config.prompts = prompts = ConfigDict()
-    # imagenet_animals, common_animals, animal_activities, counting, or a UTF-8 file with one prompt a line. A line of a
+    # imagenet_animals, common_animals, animal_activities, counting, to see generalisation unseen_animals,
+    # unseen_animal_activities and unseen_activities, or a UTF-8 file with one prompt a line. A line of a
     # .jsonl file is {"prompt": ...} with whatever a reward reads beside it, such as "questions" and "answers".
     prompts.name = "common_animals"
     # Prompts given here are taken instead of `name`.
@@ -84,7 +85,8 @@ def get_config() -> ConfigDict:
     # With few steps the noise at the start decides most of a picture, and no step has earned that. It takes at least 2
     # pictures a prompt, better 4 or more (of 2 one is always +1, the other -1), and a buffer_size of 0 below.
     sample.shared_noise = False
-    # Pictures a program call and device, at most. Larger is faster until memory is full.
+    # Pictures (pairs, where diffusion_dpo encodes them) a program call and device, at most. Larger is faster until
+    # memory is full.
     sample.chunk_size = 8
     # Of these, pictures that are decoded at a time; 0 is all. Decoding is what needs most memory at 1024 pixels.
     sample.decode_chunk_size = 0
@@ -280,7 +282,8 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     # Of captioned images a folder with metadata.jsonl (file_name, text), or module:function: index -> (H, W, 3) uint8,
     # caption. Of pairs one with pairs.jsonl (prompt, image_0, image_1, label), or module:function: index -> prompt,
-    # image_0, image_1, label. A label is 1 where image_0 is preferred, 0 where image_1 is; 0.5 is a tie, and left out.
+    # image_0, image_1, label; a label is 1 where image_0 is preferred, 0 where image_1 is, and 0.5 is a tie, which is
+    # left out. Of either a data set that ddpo_jax.prepare made.
     data.source = ""
     # Images, or pairs, a round, each encoded once.
     data.batch_size = 1024

@@ -1,10 +1,10 @@
-"""Diffusion-DPO on the model's own pictures: of eight of a prompt the best against the worst, by PickScore.
+"""Diffusion-DPO on the model's own pictures: of eight of a prompt the two best against the two worst.
 
 python -m ddpo_jax.main --config=configs/online_dpo.py --config.pretrained.model=FOLDER_OR_HUB_ID
 
-Nobody has published such a run of Stable Diffusion with its numbers. The optimizer and β are those of diffusion_dpo.py,
-for a batch of 128 pairs, and the sampler is that of the DDPO paper: take it as a start. The pairs of each round are the
-best and the worst of a draw, as ADHMR (2025) and FashionDPO (2025) mine them; `majority` lets three experts vote.
+Nobody has published such a run of Stable Diffusion with its numbers. β is that of diffusion_dpo.py, the sampler that of
+the DDPO paper: take it as a start. Pairs are mined as in ADHMR (2025) and FashionDPO (2025); PickScore says which
+pictures are best, or with `majority` the votes of three experts.
 """
 
 from ml_collections import ConfigDict

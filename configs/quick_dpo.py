@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.data.source = "data/quick_pairs"
     config.data.batch_size = 500
     config.data.prompt_dropout = 0.0
-    config.dpo.beta = 2000.0
+    config.dpo.beta = 500.0
     config.sample.num_steps = 10
     config.sample.guidance_scale = 1.0
     config.sample.chunk_size = 64

@@ -46,6 +46,7 @@ class Run(NamedTuple):
     eval_prompts: dict[str, Prompts]  # by name: train, held_out
     experts: Combination  # of the rewards
     source: Source  # of the pretrained model
+    drawn: int  # pictures that a round draws or encodes
     notes: tuple[str, ...]
 
 
@@ -121,6 +122,7 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         },
         experts=combination,
         source=pretrained.source,
+        drawn=method.drawn(config),
         notes=(*notes, *describe(config, model, layout, schedule, chunk_size)),
     )
 
@@ -185,7 +187,7 @@ def describe(config: ConfigDict, model: Model, layout: Layout, schedule: Schedul
     if not from_data(config.algorithm) and config.sample.shared_noise:
         lines.append(
             f"{config.sample.num_prompts} draws an epoch; the {config.sample.num_samples_per_prompt} pictures of a draw"
-            " start from the same noise and are compared with each other"
+            " start from the same noise"
         )
     if config.algorithm == "ddpo_is" and config.sample.log_prob_reduction == "mean":
         size = int(np.prod(model.latent_shape))

@@ -202,7 +202,7 @@ def figures_of(data: Comparisons, held: np.ndarray, fitted: Fitted) -> dict[str,
 def report(figures: dict[str, int | float | str]) -> None:
     """Prints the figures."""
     accuracy, pairs = figures["accuracy"], figures["held_out_pairs"]
-    error = math.sqrt(accuracy * (1 - accuracy) / pairs)
+    error = math.sqrt((accuracy * pairs + 2) * ((1 - accuracy) * pairs + 2) / (pairs + 4) ** 3)  # Agresti & Coull 1998
     whose = f"of {figures['held_out_prompts']} prompts that it has not seen"
     if figures["held_out_by"] == "pair":
         whose = f"held out one by one, as there are fewer than {MIN_PROMPTS} prompts"

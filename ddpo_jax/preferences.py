@@ -13,13 +13,15 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from ddpo_jax.datasets.reading import is_prepared, open_prepared
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.image_text import load_image, numbered_lines, read_rows, walk
 from ddpo_jax.pairing import Chosen
+from ddpo_jax.pictures import open_picture
 from ddpo_jax.plugins import load_object
 from ddpo_jax.workdir import replace_file, write_atomically
 
 FILES = "pairs*.jsonl"
+FLIPS = 2**31  # of the numbers that (seed, epoch, number) draws from; no pass of an update is it
 
 
 class Pair(NamedTuple):
@@ -89,7 +91,7 @@ def make_batch(
     horizontal_flip: turns each picture over, left to right, with a chance of one half.
     """
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    flips = np.random.default_rng((seed, epoch, 1)).random((batch_size, 2)) < 0.5 * horizontal_flip
+    flips = np.random.default_rng((seed, epoch, FLIPS)).random((batch_size, 2)) < 0.5 * horizontal_flip
     images = np.empty((batch_size, 2, resolution, resolution, 3), np.uint8)
 
     def read(i: int) -> tuple[str, float]:
@@ -106,22 +108,48 @@ def save_round(
     folder: Path,
     number: int,
     prompts: Sequence[str],
-    images: Float32[np.ndarray, "b H W 3"],
+    images: UInt8[np.ndarray, "b H W 3"],
     scores: Float32[np.ndarray, "b experts"],
     chosen: Chosen,
 ) -> None:
     """Writes a round's pairs as pairs-NUMBER.jsonl with its pictures beside it, for `open_source`; last the lines.
 
-    The winner is image_0 in every other line. Each line has the two pictures' scores too.
+    The winner is image_0 in every other line. Each line has the two pictures' scores too. The same round again replaces
+    itself.
+
+    Raises:
+        RunStopped: the folder cannot be written, or a run begins where there are rounds of another.
     """
+    later = [path.name for path in folder.glob(FILES) if path.name > _lines_of(number)]
+    if number == 0 and later:
+        raise RunStopped(f"dpo.save_pairs={folder}: {min(later)} in it is another run's; give an empty folder")
+    try:
+        _write_round(folder, number, prompts, images, scores, chosen)
+    except OSError as error:
+        raise RunStopped(f"dpo.save_pairs={folder}: cannot be written ({error.strerror})") from None
+
+
+def _lines_of(number: int) -> str:
+    return f"pairs-{number:05d}.jsonl"
+
+
+def _write_round(
+    folder: Path,
+    number: int,
+    prompts: Sequence[str],
+    images: UInt8[np.ndarray, "b H W 3"],
+    scores: Float32[np.ndarray, "b experts"],
+    chosen: Chosen,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _lines_of(number)).unlink(missing_ok=True)  # until its pictures are those of this run
     lines = []
     for i, pair in enumerate(zip(chosen.win[chosen.valid], chosen.lose[chosen.valid], strict=True)):
         order = pair if i % 2 == 0 else pair[::-1]
         names = [f"{number:05d}-{sample:05d}.png" for sample in order]
         for name, sample in zip(names, order, strict=True):
             buffer = io.BytesIO()
-            Image.fromarray(np.rint(images[sample].clip(0, 1) * 255).astype(np.uint8)).save(buffer, "PNG")
+            Image.fromarray(images[sample]).save(buffer, "PNG")
             replace_file(folder / name, buffer.getvalue())
         lines.append(
             {
@@ -129,10 +157,10 @@ def save_round(
                 "image_0": names[0],
                 "image_1": names[1],
                 "label": float(i % 2 == 0),
-                "scores": [[float(score) for score in scores[sample]] for sample in order],
+                "scores": [[float(s) if np.isfinite(s) else None for s in scores[sample]] for sample in order],
             }
         )
-    write_atomically(folder / f"pairs-{number:05d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(folder / _lines_of(number), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _prepared(folder: Path, resolution: int) -> Pairs:
@@ -201,6 +229,9 @@ def shorter_side(source: str) -> int:
             return min(np.shape(pair[1])[:2])
         except (TypeError, ValueError, IndexError, KeyError):
             return 1  # whoever reads the pair tells what is wrong with it
+    if is_prepared(folder):
+        with open_picture(open_prepared(folder, "preference").get(0).image_0) as file:
+            return min(file.size)
     lines = ((path, line) for path in sorted(folder.glob(FILES)) for _, line in numbered_lines(path))
     path, line = next(lines)
     with Image.open(_row(folder, str(path), line)[1]) as file:

@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ddpo_jax import finetune, optimizers, rewards
+from ddpo_jax.config import from_data
 from ddpo_jax.errors import UserError
 from ddpo_jax.methods import method_of
 from ddpo_jax.types import Finetune
@@ -94,9 +95,22 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"train.timestep_fraction={train.timestep_fraction}: expected more than 0, at most 1")
     if not 0 <= train.ema_decay < 1:
         raise UserError(f"train.ema_decay={train.ema_decay}: expected 0 (no average) or more, below 1")
+    check_read(config)
     learned = method_of(config).learned(config)
     if learned < train.num_updates:
         raise UserError(f"train.num_updates={train.num_updates}: expected at most the {learned} samples a round")
+
+
+def check_read(config: ConfigDict) -> None:
+    """Fields that would be passed over in silence, where somebody may rely on them."""
+    name, train = config.algorithm, config.train
+    for field in ("kl_weight", "kl_budget"):
+        if train[field] and not name.startswith("ddpo"):
+            raise UserError(f"train.{field}={train[field]}: only the ddpo algorithms know it, not {name}; set 0")
+    if config.reward.shuffled and from_data(name):
+        raise UserError(f"reward.shuffled: {name} learns from no reward; shuffle the labels of its data instead")
+    if config.sample.shared_noise and name == "reward_backprop":
+        raise UserError("sample.shared_noise: reward_backprop compares no pictures; set False")
 
 
 def chunk_size(config: ConfigDict, *, num_shards: int) -> int:

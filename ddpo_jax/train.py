@@ -150,7 +150,7 @@ def loop(
                 **report,
                 **summarize(history, skipped),
                 **{f"seconds/{name}": spent for name, spent in seconds.items()},
-                "images_per_second": len(algorithm.slices(batch)) / sum(seconds.values()),
+                "images_per_second": run.drawn / sum(seconds.values()),
             }
             skipped = float(state.opt_state.total_notfinite)
             writer.scalars(epoch, {"step": int(state.step), **previous})

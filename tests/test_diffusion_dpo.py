@@ -73,7 +73,7 @@ def online(small_folder):
 def test_a_round_has_the_winner_first_and_no_ties(offline):
     run, _ = offline
     batch, _, report = a_round(run, init_state(run, seed=0, ema=False))
-    assert report["pairs/ties"] == batch.weight.size - batch.weight.sum() == 1
+    assert report["pairs/left_out"] == batch.weight.size - batch.weight.sum() == 1
     assert batch.x_0.shape[1:] == (2, 4, 4, 4) and not run.algorithm.slices(batch)[batch.weight == 0].any()
     decoded = np.asarray(run.parts.model.decode(run.frozen.vae, batch.x_0[:12, 0]))
     assert decoded.shape[0] == 12

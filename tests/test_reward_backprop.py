@@ -8,6 +8,7 @@ from small import SCHEDULER
 from small_run import SAMPLES, STEPS, learn, silent, small_config
 
 from ddpo_jax import process
+from ddpo_jax.algorithms.reward_backprop import misled
 from ddpo_jax.build import build, init_state
 from ddpo_jax.errors import UserError
 from ddpo_jax.policy import make_policy
@@ -113,8 +114,16 @@ def test_a_reward_rises(small_folder, changes):
     assert np.mean(told[-3:]) > np.mean(told[:3]) + 0.02
 
 
-def test_nothing_is_learned_from_the_gradients_of_other_pictures(small_folder):
-    """The gradient of redness is the same for every picture; that of how near it is to its own mean is not."""
+def test_the_control_has_the_gradients_of_other_pictures(small_folder):
+    images, sample = jnp.asarray(np.random.default_rng(0).random((4, 2, 2, 3))), jnp.array([5, 3, 8, 8])
+
+    def squares(images, inputs):
+        return jnp.sum(images**2, axis=(1, 2, 3))
+
+    gradient = jax.grad(lambda x: misled(squares, x, (), sample).sum())(images)
+    np.testing.assert_allclose(gradient[0], 2 * images[3], rtol=1e-6)
+    np.testing.assert_allclose(gradient[2], 2 * images[1], rtol=1e-6)
+    assert not gradient[3].any()  # what fills a program up is the same sample
     told = rounds(build(small_config(small_folder, **BACKPROP, **{"reward.shuffled": True}), silent), 1)
     assert np.isfinite(told).all()
 

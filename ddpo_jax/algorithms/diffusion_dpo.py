@@ -67,13 +67,13 @@ def offline(parts: Parts, *, objective: Objective, prompt_dropout: float) -> Alg
         key: Key[Array, ""],
     ) -> tuple[Pairs, PyTree, dict[str, float | int]]:
         images, labels, prompts = inputs
-        first_wins = labels >= 0.5
-        images = np.where(first_wins[:, None, None, None, None], images, images[:, ::-1])
+        first_loses = labels < 0.5
+        images[first_loses] = images[first_loses][:, ::-1]
         cond, x_0 = encode(frozen, images, prompts.tokens, key)
         sure = np.maximum(labels, 1 - labels)
         weight = (sure > 0.5).astype(np.float32)
         report = {
-            "pairs/ties": float((weight == 0).sum()),
+            "pairs/left_out": float((weight == 0).sum()),
             "captions/cut": float(sum(entry["cut"] for entry in prompts.metadata)),
         }
         return make_pairs(cond, x_0, sure, weight, objective), carry, report
@@ -111,6 +111,10 @@ def online(
         return layout.rows((jax.tree.map(lambda x: x[win], cond), jnp.stack([x_0[win], x_0[lose]], axis=1)))
 
     @jax.jit
+    def as_bytes(images: Float[Array, "b H W 3"]) -> UInt8[Array, "b H W 3"]:
+        return jnp.rint(255 * jnp.clip(images, 0, 1)).astype(jnp.uint8)
+
+    @jax.jit
     def copied(trainable: PyTree) -> PyTree:
         return layout.keep(jax.tree.map(jnp.array, trainable))
 
@@ -119,7 +123,8 @@ def online(
         return Carry(judging.experts.init(), np.zeros((), np.int32), reference)
 
     def keep(cond: PyTree, trajectory: Any, images: Float[Array, "b H W 3"]) -> tuple:
-        return cond, trajectory.x[:, -1], images if save else ()
+        shown = as_bytes(images) if save else ()
+        return cond, trajectory.x[:, -1], shown
 
     def collect(
         trainable: PyTree, frozen: Frozen, prompts: Prompts, carry: Carry, key: Key[Array, ""]
@@ -140,13 +145,14 @@ def online(
             multihost.on_main(lambda: save(int(carry.round), prompts.texts, shown, judged.scores, chosen))
         sure, weight = np.ones(len(chosen.win), np.float32), chosen.valid.astype(np.float32)
         batch = make_pairs(cond, x_0, sure, weight, objective)._replace(reference=carry.reference)
-        report = judged.report | {"pairs/ties": float((weight == 0).sum())}
+        report = judged.report | {"pairs/left_out": float((weight == 0).sum())}
         return batch, Carry(judged.seen, np.array(carry.round + 1, np.int32), carry.reference), report
 
     def reference(frozen: Frozen, batch: Pairs) -> PyTree:
         return parts.merge(frozen.denoiser, batch.reference) if reference_every else frozen.denoiser
 
-    return _algorithm(parts, objective, init=init, collect=collect, reference=reference)
+    refreshed = reference_every > 0
+    return _algorithm(parts, objective, init=init, collect=collect, reference=reference, refreshed=refreshed)
 
 
 def make_pairs(
@@ -162,15 +168,19 @@ def make_pairs(
     return Pairs(cond, x_0, preference, weight, (), np.zeros(2, np.float32))
 
 
-def kto(errors: PairErrors, batch: Pairs, beta: float) -> tuple[Float[Array, " r"], Metrics]:
-    """`losses.kto` of both pictures of a pair, the winner as one that is liked and the loser as one that is not."""
+def kto(errors: PairErrors, batch: Pairs, sample: Int[Array, " r"], beta: float) -> tuple[Float[Array, " r"], Metrics]:
+    """`losses.kto` of both pictures of a pair, the winner as one that is liked and the loser as one that is not.
+
+    A pair counts 2 p - 1, so that one whose label says next to nothing counts for next to nothing.
+    """
     baseline = batch.drift[0] / jnp.maximum(batch.drift[1], 1)
     ones = jnp.ones_like(errors.win)
     win, win_metrics = losses.kto(errors.win, errors.reference_win, ones, baseline, beta=beta)
     lose, lose_metrics = losses.kto(errors.lose, errors.reference_lose, 0 * ones, baseline, beta=beta)
     gain = 0.5 * (win_metrics.mean["gain"] + lose_metrics.mean["gain"])
     metrics = losses.preference_metrics(errors, beta * losses.log_ratio(errors))
-    return 0.5 * (win + lose), metrics._replace(mean={**metrics.mean, "gain": gain})
+    sure = 2 * batch.preference[sample] - 1
+    return sure * 0.5 * (win + lose), metrics._replace(mean={**metrics.mean, "gain": gain})
 
 
 def drift_written(batch: Pairs, rows: Int[Any, "r 2"], weight: Float[Any, " r"], metrics: Metrics) -> Pairs:
@@ -184,14 +194,20 @@ def drift_written(batch: Pairs, rows: Int[Any, "r 2"], weight: Float[Any, " r"],
 LOSSES = {
     "sigmoid": lambda errors, batch, sample, beta: losses.diffusion_dpo(errors, batch.preference[sample], beta=beta),
     "ipo": lambda errors, batch, sample, beta: losses.ipo(errors, batch.preference[sample], beta=beta),
-    "kto": lambda errors, batch, sample, beta: kto(errors, batch, beta),
+    "kto": lambda errors, batch, sample, beta: kto(errors, batch, sample, beta),
 }
 
 
 def _algorithm(
-    parts: Parts, objective: Objective, *, init: Callable, collect: Callable, reference: Callable
+    parts: Parts,
+    objective: Objective,
+    *,
+    init: Callable,
+    collect: Callable,
+    reference: Callable,
+    refreshed: bool = False,
 ) -> Algorithm:
-    """reference: frozen, batch -> the reference's denoiser."""
+    """reference: frozen, batch -> the reference's denoiser.  refreshed: it is the batch's, but for what LoRA leaves."""
     row_losses = choose(LOSSES, objective.kind, "dpo.loss")
     if not objective.beta > 0:
         raise UserError(f"dpo.beta={objective.beta}: expected a positive number; 2000 to 5000 is published")
@@ -227,5 +243,5 @@ def _algorithm(
         recompute=drift_written if objective.kind == "kto" else None,
         check=lambda first: None,
         stop=lambda scalars: None,
-        reads_reference=True,
+        reads_reference=not refreshed,
     )

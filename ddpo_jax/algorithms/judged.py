@@ -43,7 +43,7 @@ def judged_rollouts(
     *,
     keep: Callable,
 ) -> Judged:
-    """One sample a prompt, and its reward. keep and noise: as in `scored_rollouts`.
+    """One sample a prompt, and its reward. keep: as in `scored_rollouts`.
 
     Raises: RunStopped if more than `max_missing` of the rewards are missing, as soon as that is known.
     """

@@ -73,7 +73,7 @@ def reward_backprop(parts: Parts, *, num_steps: int, min_grad_steps: int, max_gr
         judge = jax.checkpoint(partial(parts.reward.pure, layout.gather(frozen.reward)))
         reward = jnp.asarray(judge(images, inputs), jnp.float32)
         metrics = Metrics(mean={"reward/mean": reward}, max={})
-        return -(misled(judge, images, inputs) if parts.shuffled else reward), metrics
+        return -(misled(judge, images, inputs, sample) if parts.shuffled else reward), metrics
 
     def slices(batch: Asked) -> Bool[np.ndarray, "b s"]:
         return np.ones((len(batch.weight), 1), bool)
@@ -90,8 +90,12 @@ def reward_backprop(parts: Parts, *, num_steps: int, min_grad_steps: int, max_gr
     )
 
 
-def misled(judge: Callable, images: Float[Array, "r H W 3"], inputs: PyTree) -> Float[Array, " r"]:
-    """What has, of each picture, the gradient of its neighbour's reward: a control, from which nothing can be learned.
+def misled(
+    judge: Callable, images: Float[Array, "r H W 3"], inputs: PyTree, sample: Int[Array, " r"]
+) -> Float[Array, " r"]:
+    """What has, of each picture, the gradient of its neighbour's reward, or none where that is the same sample.
+
+    A control: what is still learned from it is what the gradients of all pictures have in common.
 
     Raises:
         UserError: a picture has no neighbour.
@@ -99,4 +103,5 @@ def misled(judge: Callable, images: Float[Array, "r H W 3"], inputs: PyTree) -> 
     if len(images) < 2:
         raise UserError("reward.shuffled needs two pictures a program: set train.micro_batch_size to 2 or more")
     gradient = jax.grad(lambda shown: judge(shown, inputs).sum())(jax.lax.stop_gradient(images))
-    return jnp.sum(jnp.roll(gradient, 1, axis=0) * images, axis=(1, 2, 3))
+    other = (jnp.roll(sample, 1) != sample)[:, None, None, None]
+    return jnp.sum(jnp.where(other, jnp.roll(gradient, 1, axis=0), 0) * images, axis=(1, 2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ddpo_jax.datasets.images import read_file
 from ddpo_jax.datasets.sources import Source, json_part, json_rows, parse_line, picture_path
 from ddpo_jax.errors import UserError
 
+FROM_ONE = re.compile(rb'"choice"\s*:\s*"?2"?\s*[,}]')
 PAIRS, METADATA = "pairs*.jsonl", "metadata.jsonl"
 FIRST = ("0", "image_0", "first", "left", "a")
 SECOND = ("1", "image_1", "second", "right", "b")
@@ -46,11 +48,17 @@ def open_choices(source: str) -> Source:
     "none" are a tie, which is left out.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it numbers the pictures from 1, and every label would be the wrong one.
     """
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"--input={source}: {_found(path)}; expected a JSONL file of choices")
+    with path.open("rb") as lines:
+        number = next((number for number, line in enumerate(lines, 1) if FROM_ONE.search(line)), None)
+    if number:
+        raise UserError(
+            f"--input={source}: line {number} chooses picture 2; expected 0 for the first, 1 for the second"
+        )
     return Source("preference", (json_part(path),), json_rows, read_choice)
 
 

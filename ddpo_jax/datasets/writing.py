@@ -119,7 +119,9 @@ def write_shard(plan: Plan, output: Path, shard: int, rows: Iterator, parent: in
         try:
             record = prepare_record(plan, file, raw)
         except BadRow as bad:
-            skipped.append({"file": str(file), "row": row, "reason": bad.reason, "detail": bad.detail[:MAX_DETAIL]})
+            skipped.append(
+                {"file": Path(file).name, "row": row, "reason": bad.reason, "detail": bad.detail[:MAX_DETAIL]}
+            )
             continue
         if record is not None:
             writer.write(serialized(described, record))
