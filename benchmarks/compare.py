@@ -2,10 +2,10 @@
 
 python -m benchmarks.compare --workdir=runs/compare --picture=runs/compare.png
 
-Trains the recipes of configs/compare/ with several seeds, each beside a control: the rewards of the wrong pictures, or,
-of reward_backprop, their gradients. Reward-weighted regression has a second one, in which all weights are the same.
-Prints a Markdown table of what held-out prompts give at fixed noise, and draws the curves. What was trained before is
-not trained again, and the order is seed by seed, so that a part is a comparison too.
+Trains the recipes of configs/compare/ with several seeds, each beside a control: the rewards of the wrong pictures; of
+reward_backprop, half of the pictures teach the opposite. Reward-weighted regression has a second one, in which all
+weights are the same. Prints a Markdown table of what held-out prompts give at fixed noise, and draws the curves. What
+was trained before is not trained again, and the order is seed by seed, so that a part is a comparison too.
 """
 
 from __future__ import annotations

@@ -267,8 +267,8 @@ def get_config() -> ConfigDict:
     reward.vlm_retries = 3
     # Tokens of an answer. A judge that reasons before its number needs more; cut off, it gives none.
     reward.vlm_max_tokens = 128
-    # Deals each round's rewards out anew among its pictures: a control, from which nothing can be learned. The rewards
-    # of the evaluations stay the true ones.
+    # Deals each round's rewards out anew among its pictures: a control, from which nothing can be learned. (Of
+    # reward_backprop half of the pictures teach the opposite.) The rewards of the evaluations stay the true ones.
     reward.shuffled = False
     # Seconds that a chunk's scores may take on the host once its pictures are there. The vlm_ rewards give up what has
     # not come after 0.8 of them: it is missing.

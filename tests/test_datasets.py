@@ -190,6 +190,8 @@ def test_pairs_of_a_run_read_as_they_do_from_the_folder(tmp_path):
         assert plain.prompts == prepared.prompts
         for name in ("images", "labels"):
             np.testing.assert_array_equal(getattr(plain, name), getattr(prepared, name))
+    sides = {preferences.shorter_side(str(path)) for path in (folder, tmp_path / "out")}
+    assert len(sides) == 1
 
 
 def test_lines_that_cannot_be_used(tmp_path):
@@ -241,6 +243,13 @@ def test_choices_that_are_none(choice, reason):
     with pytest.raises(BadRow) as caught:
         label_of(choice, ("cat.png", "dog.png"))
     assert caught.value.reason == reason
+
+
+def test_choices_that_count_from_1_are_refused(tmp_path, capsys):
+    rows = [{"prompt": "x", "image_0": "a.jpg", "image_1": "b.jpg", "choice": choice} for choice in (1, 2)]
+    write_lines(tmp_path / "choices.jsonl", rows)
+    assert run("choices", tmp_path / "choices.jsonl", tmp_path / "out") == 2
+    assert "line 2 chooses picture 2; expected 0 for the first" in capsys.readouterr().err
 
 
 def test_choices_of_people(tmp_path):

@@ -11,7 +11,7 @@ from small_run import SAMPLES, distance, equal, learn, silent, small_config
 
 from ddpo_jax import losses, pairing, preferences
 from ddpo_jax.build import build, init_state
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import RunStopped, UserError
 from ddpo_jax.losses import PairErrors
 from ddpo_jax.update import make_update, summarize
 
@@ -196,6 +196,19 @@ def test_online_pairs_can_be_kept_and_learned_from(small_folder, tmp_path):
     assert {source.get(i).label for i in range(4)} == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("broken", ["a file in the way", "another run's rounds"])
+def test_pairs_that_cannot_be_kept_stop_the_run(small_folder, tmp_path, broken):
+    folder = tmp_path / "pairs"
+    if broken == "a file in the way":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        (folder / "pairs-00003.jsonl").write_text("")
+    run, _ = make_run(small_folder, ONLINE, **{"dpo.save_pairs": str(folder)})
+    with pytest.raises(RunStopped, match=r"dpo\.save_pairs="):
+        a_round(run, init_state(run, seed=0, ema=False))
+
+
 def redness(image):
     return image[..., 0].mean() - image[..., 1:].mean()
 
@@ -246,6 +259,8 @@ def test_lines_that_cannot_be_used_are_named(tmp_path, row):
         (ONLINE, {"dpo.num_pairs": 3}, r"dpo\.num_pairs=3: expected 1 to 2"),
         (ONLINE, {"dpo.vote": "loudest"}, r"dpo\.vote 'loudest'"),
         (ONLINE, {"dpo.reference_every": -1}, r"dpo\.reference_every=-1"),
+        (ONLINE, {"train.kl_budget": 1e-3}, r"train\.kl_budget=0\.001: only the ddpo"),
+        (DPO, {"reward.shuffled": True}, r"reward\.shuffled: diffusion_dpo learns from no reward"),
     ],
 )
 def test_wrong_settings_are_refused(small_folder, settings, changes, message):

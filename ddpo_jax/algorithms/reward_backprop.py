@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +28,8 @@ def reward_backprop(parts: Parts, *, num_steps: int, min_grad_steps: int, max_gr
     """L = -r(decode(x_0)), with the gradient through the last K denoising steps (Clark et al. 2024, DRaFT-K).
 
     K is drawn anew for each picture, from min_grad_steps to max_grad_steps, as in Prabhudesai et al. 2023 (AlignProp);
-    0 teaches nothing from a picture. A picture is one query of the reward.
+    0 teaches nothing from a picture. A picture is one query of the reward. Where `reward.shuffled` asks for a control,
+    half of the pictures, by chance, teach the opposite.
 
     Raises:
         UserError: a reward that counts has no gradient, or the numbers of steps are out of range.
@@ -70,10 +69,10 @@ def reward_backprop(parts: Parts, *, num_steps: int, min_grad_steps: int, max_gr
         x_0 = policy.final(params, cond, frozen.uncond, row_keys(key_noise, rows), grad_steps, max_grad_steps)
         images = jax.checkpoint(model.decode)(layout.gather(frozen.vae), x_0)
         inputs = jax.tree.map(lambda x: x[sample], batch.inputs)
-        judge = jax.checkpoint(partial(parts.reward.pure, layout.gather(frozen.reward)))
-        reward = jnp.asarray(judge(images, inputs), jnp.float32)
-        metrics = Metrics(mean={"reward/mean": reward}, max={})
-        return -(misled(judge, images, inputs, sample) if parts.shuffled else reward), metrics
+        scores = jax.checkpoint(parts.reward.pure)(layout.gather(frozen.reward), images, inputs)
+        reward = jnp.asarray(scores, jnp.float32)
+        sign = either_way(jax.random.fold_in(key, 2), rows) if parts.shuffled else 1.0
+        return -sign * reward, Metrics(mean={"reward/mean": reward}, max={})
 
     def slices(batch: Asked) -> Bool[np.ndarray, "b s"]:
         return np.ones((len(batch.weight), 1), bool)
@@ -90,18 +89,9 @@ def reward_backprop(parts: Parts, *, num_steps: int, min_grad_steps: int, max_gr
     )
 
 
-def misled(
-    judge: Callable, images: Float[Array, "r H W 3"], inputs: PyTree, sample: Int[Array, " r"]
-) -> Float[Array, " r"]:
-    """What has, of each picture, the gradient of its neighbour's reward, or none where that is the same sample.
+def either_way(key: Key[Array, ""], rows: Int[Array, "r 2"]) -> Float[Array, " r"]:
+    """1 or -1 for each row, by chance: where gradients have it for a factor, nothing can be learned from them.
 
-    A control: what is still learned from it is what the gradients of all pictures have in common.
-
-    Raises:
-        UserError: a picture has no neighbour.
+    A reward's gradient may be much the same for all pictures, so that dealing it to the wrong ones would be no control.
     """
-    if len(images) < 2:
-        raise UserError("reward.shuffled needs two pictures a program: set train.micro_batch_size to 2 or more")
-    gradient = jax.grad(lambda shown: judge(shown, inputs).sum())(jax.lax.stop_gradient(images))
-    other = (jnp.roll(sample, 1) != sample)[:, None, None, None]
-    return jnp.sum(jnp.where(other, jnp.roll(gradient, 1, axis=0), 0) * images, axis=(1, 2, 3))
+    return jax.vmap(lambda key: jax.random.rademacher(key, (), jnp.float32))(row_keys(key, rows))
