@@ -118,49 +118,39 @@ def save_round(
     itself.
 
     Raises:
-        RunStopped: the folder cannot be written, or a run begins where there are rounds of another.
+        RunStopped: the folder cannot be written, or a run begins where there are later rounds of another.
     """
-    later = [path.name for path in folder.glob(FILES) if path.name > _lines_of(number)]
-    if number == 0 and later:
-        raise RunStopped(f"dpo.save_pairs={folder}: {min(later)} in it is another run's; give an empty folder")
+    pairs = [
+        pair if i % 2 == 0 else pair[::-1]
+        for i, pair in enumerate(zip(chosen.win[chosen.valid], chosen.lose[chosen.valid], strict=True))
+    ]
+    rows = [
+        {
+            "prompt": prompts[pair[0]],
+            **{f"image_{side}": f"{number:05d}-{sample:05d}.png" for side, sample in enumerate(pair)},
+            "label": float(i % 2 == 0),
+            "scores": [[float(s) if np.isfinite(s) else None for s in scores[sample]] for sample in pair],
+        }
+        for i, pair in enumerate(pairs)
+    ]
+    text, path = "".join(json.dumps(row) + "\n" for row in rows), folder / _lines_of(number)
     try:
-        _write_round(folder, number, prompts, images, scores, chosen)
+        later = [other.name for other in folder.glob(FILES) if other.name > path.name]
+        if number == 0 and later and not (path.is_file() and path.read_text() == text):
+            raise RunStopped(f"dpo.save_pairs={folder}: {min(later)} in it is another run's; give an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        for pair, row in zip(pairs, rows, strict=True):
+            for side, sample in enumerate(pair):
+                buffer = io.BytesIO()
+                Image.fromarray(images[sample]).save(buffer, "PNG")
+                replace_file(folder / row[f"image_{side}"], buffer.getvalue())
+        write_atomically(path, text)
     except OSError as error:
         raise RunStopped(f"dpo.save_pairs={folder}: cannot be written ({error.strerror})") from None
 
 
 def _lines_of(number: int) -> str:
     return f"pairs-{number:05d}.jsonl"
-
-
-def _write_round(
-    folder: Path,
-    number: int,
-    prompts: Sequence[str],
-    images: UInt8[np.ndarray, "b H W 3"],
-    scores: Float32[np.ndarray, "b experts"],
-    chosen: Chosen,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _lines_of(number)).unlink(missing_ok=True)  # until its pictures are those of this run
-    lines = []
-    for i, pair in enumerate(zip(chosen.win[chosen.valid], chosen.lose[chosen.valid], strict=True)):
-        order = pair if i % 2 == 0 else pair[::-1]
-        names = [f"{number:05d}-{sample:05d}.png" for sample in order]
-        for name, sample in zip(names, order, strict=True):
-            buffer = io.BytesIO()
-            Image.fromarray(images[sample]).save(buffer, "PNG")
-            replace_file(folder / name, buffer.getvalue())
-        lines.append(
-            {
-                "prompt": prompts[order[0]],
-                "image_0": names[0],
-                "image_1": names[1],
-                "label": float(i % 2 == 0),
-                "scores": [[float(s) if np.isfinite(s) else None for s in scores[sample]] for sample in order],
-            }
-        )
-    write_atomically(folder / _lines_of(number), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _prepared(folder: Path, resolution: int) -> Pairs:

@@ -183,7 +183,10 @@ def test_online_pairs_can_be_kept_and_learned_from(small_folder, tmp_path):
     run, _ = make_run(small_folder, ONLINE, **{"dpo.save_pairs": str(tmp_path / "pairs")})
     state = init_state(run, seed=0, ema=False)
     a_round(run, state)
-    a_round(run, state)  # the same round again replaces it
+    later = tmp_path / "pairs" / "pairs-00001.jsonl"
+    later.write_text("")  # of a run that was killed, and begins again
+    a_round(run, state)
+    later.unlink()
     source = preferences.open_source(str(tmp_path / "pairs"), resolution=16)
     assert source.length == 4
     (path,) = (tmp_path / "pairs").glob("*.jsonl")
