@@ -93,7 +93,8 @@ def table(runs: Mapping[Job, Told]) -> list[str]:
     def spread(values: Sequence[float], write=digits) -> str:
         if not len(values):
             return "–"
-        return f"{write(np.mean(values))} ({write(min(values))} to {write(max(values))})"
+        told = write(float(np.mean(values)))
+        return told if len(values) == 1 else f"{told} ({write(min(values))} to {write(max(values))})"
 
     for method in dict.fromkeys(job.method for job in runs):
         own = {
@@ -106,14 +107,14 @@ def table(runs: Mapping[Job, Told]) -> list[str]:
             for kind, found in own.items()
         }
         controls = "; ".join(f"{kind} {spread(gains[kind], signed)}" for kind in CONTROLS if gains[kind])
-        file, recognised = (spread([row[key] for row in last]) for key in list(PANELS)[1:])
+        file, recognised = ([row[key] for row in last] for key in list(PANELS)[1:])
         cells = [
             method,
             spread([row["reward/mean"] for row in last]),
             spread(gains["true"], signed),
             controls or "–",
-            file,
-            recognised,
+            spread(file),
+            spread(recognised, "{:.0%}".format),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -142,7 +143,7 @@ def draw(path: Path, runs: Mapping[Job, Told]) -> None:
         axes.set(title=title, xlabel="reward queries")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].plot([], [], color="#555", linestyle=":", label="controls")
-    figure.axes[0].legend(frameon=False, fontsize="small", loc="upper left")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=7)
     figure.axes[0].set_ylabel("held-out prompts, fixed noise")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})
