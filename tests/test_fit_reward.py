@@ -186,7 +186,7 @@ def test_gradients_equal_finite_differences_in_float64(small_clip, tmp_path, hid
 def test_the_gradient_leads_to_what_is_preferred(red):
     reward, params = make(red)
     images = jnp.full((2, 20, 20, 3), 0.5)
-    inputs = clip.load(learned.read_about(red).clip).tokenize(["a fox", "an owl"])
+    inputs = reward.prepare(prompts_of("a fox", "an owl"))
     climb = jax.jit(jax.value_and_grad(lambda x: reward.pure(params, x, inputs).sum()))
     first = climb(images)[0]
     for _ in range(10):

@@ -219,12 +219,12 @@ def test_num_workers_run_at_once_and_no_more(num_workers):
 
 def test_a_hanging_scorer_stops_the_run_in_time():
     gate = threading.Event()
-    reward = host(lambda images, prompts: gate.wait(30), deadline=0.2)
+    reward = host(lambda images, prompts: gate.wait(60), deadline=0.2)
     pending = [reward.submit((), make_images(1), make_prompts(1)) for _ in range(3)]
     begun = time.monotonic()
     with pytest.raises(RunStopped, match=r"reward mine .*0\.2 s.*reward\.deadline"):
         reward.result(pending[0])
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
     gate.set()
 
 
