@@ -134,6 +134,7 @@ def load_model(config: ConfigDict, tuning: Finetune, *, place: Callable = first_
         dtype=choose(DTYPES, config.compute_dtype, "compute_dtype"),
         resolution=config.pretrained.resolution or None,
         remat=config.train.remat,
+        attention=config.attention,
         variant=config.pretrained.variant,
         revision=config.pretrained.revision,
         exact=tuning.changes,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ddpo_jax.errors import UserError
+
 Dtype = DTypeLike
+
+# How attention is computed: by XLA, which keeps all products of queries and keys, or by cuDNN's fused kernel.
+KERNELS = ("xla", "cudnn")
+CUDNN_WIDTH = 128  # of a head, at most, and a multiple of 8
 
 
 def activation(name: str):
@@ -42,14 +50,41 @@ def attend(
     *,
     num_heads: int,
     mask: Bool[Array, "#b 1 #q k"] | None = None,
+    kernel: str = "xla",
 ) -> Float[Array, "b q d"]:
-    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32 at least."""
+    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32 at least.
+
+    kernel: one of KERNELS; where a head's width does not fit cuDNN's, XLA's all the same.
+    """
+    width = query.shape[-1] // num_heads
+    fits = kernel == "cudnn" and width % 8 == 0 and width <= CUDNN_WIDTH
 
     def split(x):
-        return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+        return x.reshape(*x.shape[:-1], num_heads, width)
 
-    attention = _attention_float64 if query.dtype == jnp.float64 else jax.nn.dot_product_attention
+    if query.dtype == jnp.float64:
+        attention = _attention_float64
+    else:
+        attention = partial(jax.nn.dot_product_attention, implementation="cudnn" if fits else "xla")
     return attention(split(query), split(key), split(value), mask=mask).reshape(query.shape)
+
+
+def choose_kernel(name: str, *, dtype: Dtype) -> str:
+    """The kernel of the denoiser's attention: `name`, or for "auto" the best that this machine and dtype have.
+
+    Raises:
+        UserError: it is none of them, or cannot be had here.
+    """
+    if name not in ("auto", *KERNELS):
+        raise UserError(f"attention={name!r}: expected 'auto', {', '.join(map(repr, KERNELS))}")
+    half = jnp.dtype(dtype).itemsize == 2
+    possible = jax.default_backend() == "gpu" and half
+    if name == "cudnn" and not possible:
+        raise UserError(
+            f"attention='cudnn' in {jnp.dtype(dtype).name} on {jax.default_backend()}: expected an NVIDIA GPU and"
+            " compute_dtype=bfloat16; set 'auto'"
+        )
+    return ("cudnn" if possible else "xla") if name == "auto" else name
 
 
 def _attention_float64(
@@ -106,6 +141,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: Dtype = jnp.float32
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None) -> Float[Array, "b q d"]:
@@ -114,7 +150,7 @@ class Attention(nn.Module):
         query = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
         key = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
         value = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
-        out = attend(query, key, value, num_heads=self.num_heads)
+        out = attend(query, key, value, num_heads=self.num_heads, kernel=self.kernel)
         return nn.Dense(width, dtype=self.dtype, name="to_out_0")(out)
 
 
@@ -146,11 +182,15 @@ class TransformerBlock(nn.Module):
 
     num_heads: int
     dtype: Dtype = jnp.float32
+    kernel: str = "xla"  # of attention
 
     @nn.compact
     def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"]) -> Float[Array, "b q d"]:
-        x = x + Attention(self.num_heads, self.dtype, name="attn1")(layer_norm(1e-5, self.dtype, "norm1")(x))
-        x = x + Attention(self.num_heads, self.dtype, name="attn2")(layer_norm(1e-5, self.dtype, "norm2")(x), context)
+        def attention(name: str) -> Attention:
+            return Attention(self.num_heads, self.dtype, self.kernel, name=name)
+
+        x = x + attention("attn1")(layer_norm(1e-5, self.dtype, "norm1")(x))
+        x = x + attention("attn2")(layer_norm(1e-5, self.dtype, "norm2")(x), context)
         return x + FeedForward(self.dtype, name="ff")(layer_norm(1e-5, self.dtype, "norm3")(x))
 
 
@@ -166,6 +206,7 @@ class SpatialTransformer(nn.Module):
     linear_projection: bool = False
     dtype: Dtype = jnp.float32
     remat: bool = False  # recompute each transformer block in the backward pass
+    kernel: str = "xla"  # of attention
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
@@ -180,5 +221,5 @@ class SpatialTransformer(nn.Module):
         hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)
         for i in range(self.num_blocks):
-            hidden = block(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
+            hidden = block(self.num_heads, self.dtype, self.kernel, name=f"transformer_blocks_{i}")(hidden, context)
         return x + project("proj_out")(hidden.reshape(x.shape))

@@ -22,6 +22,7 @@ from ddpo_jax.models.folder import (
     read_weights,
     weight_files,
 )
+from ddpo_jax.models.layers import choose_kernel
 from ddpo_jax.models.locate import locate_pipeline
 from ddpo_jax.models.pipeline import Configs, read_configs, read_schedule, read_tokenizers
 from ddpo_jax.models.tokenizer import tokenize_all
@@ -60,6 +61,7 @@ def load(
     dtype: DTypeLike,
     resolution: int | None = None,
     remat: str = "none",
+    attention: str = "auto",
     variant: str = "",
     revision: str = "",
     exact: Callable[[str], bool] = nothing,
@@ -70,6 +72,7 @@ def load(
     dtype: what the networks compute in. The VAE computes in float32 where its config asks for it (`force_upcast`).
     resolution: pixels, one side; the folder's own if None.
     remat: what the denoiser's backward pass keeps, one of unet.REMAT.
+    attention: the kernel of the denoiser's attention, one of layers.KERNELS, or "auto".
     variant: of the weights, such as "fp16".  revision: of a hub id.
     exact: the denoiser's parameters, by path, that are stored in float32 whatever `dtype` is.
     place: tree of shapes -> tree of shardings; the first device by default.
@@ -82,7 +85,8 @@ def load(
     folder = locate_pipeline(model, variant=variant, revision=revision)
     configs = read_configs(folder)
     noise = process.ddim(read_schedule(folder, configs.pipeline))
-    functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat)
+    kernel = choose_kernel(attention, dtype=dtype)
+    functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat, kernel=kernel)
     tokenizers = read_tokenizers(folder, configs)
     like = stored(configs, dtype, exact=exact)
     files = {part: weight_files(folder / part, STEMS[part], variant) for part in like}
@@ -120,11 +124,17 @@ def denoiser_shapes(source: Source) -> PyTree:
 
 
 def make_model(
-    configs: Configs, noise: process.Process, *, dtype: DTypeLike, resolution: int | None, remat: str = "none"
+    configs: Configs,
+    noise: process.Process,
+    *,
+    dtype: DTypeLike,
+    resolution: int | None,
+    remat: str = "none",
+    kernel: str = "xla",
 ) -> Model:
-    """The pure functions of a Stable Diffusion with these configurations."""
+    """The pure functions of a Stable Diffusion with these configurations. kernel: of the denoiser's attention."""
     encoders = {part: CLIPTextModel(config, dtype) for part, config in configs.text.items()}
-    unet = UNet2DConditionModel(configs.unet, dtype, remat)
+    unet = UNet2DConditionModel(configs.unet, dtype, remat, kernel)
     vae = AutoencoderKL(configs.vae, vae_dtype(configs, dtype))
     scale = configs.vae.scaling_factor
     shape = latent_shape(configs, resolution)
