@@ -111,7 +111,7 @@ def abstract_run(
     parts = Parts(model, policy, sampler, None, None, layout, chunk_size, tuning.merge)
     prompts = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
     timesteps = np.asarray(model.process.timesteps(sample.num_steps))
-    loaded = Loaded(prompts, None, (), 0, None, timesteps, np.ones(1, np.float32))
+    loaded = Loaded(prompts, None, (), 0, None, timesteps, np.ones(1, np.float32), model.latent_shape, dict)
     _, method = method_of(config).make(config, loaded)
     algorithm = algorithms.make(config.algorithm, parts, method)
     update = make_update(algorithm, tuning, tx, ema_decay=config.train.ema_decay, layout=layout)

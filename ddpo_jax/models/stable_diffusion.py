@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.models.unet import NUM_TIME_IDS, REMAT, UNet2DConditionModel
 from ddpo_jax.models.vae import AutoencoderKL
 from ddpo_jax.sharding import first_device
-from ddpo_jax.types import Condition, Frozen, Model, PyTree
+from ddpo_jax.types import Condition, Frozen, Model, Posterior, PyTree
 
 TEXT_PREFIX = "text_model."  # transformers 4 writes it everywhere, transformers 5 only beside a projection
 
@@ -118,6 +119,19 @@ def read_denoiser(source: Source) -> PyTree:
     return read_weights(weight_files(source.folder / "unet", STEMS["unet"], source.variant), shapes, place=None)
 
 
+def identify_encoder(source: Source, dtype: DTypeLike) -> dict[str, Any]:
+    """What tells this model's VAE, computing in `dtype`, from another, as JSON values."""
+    configs, content = read_configs(source.folder), hashlib.sha256()
+    for path in weight_files(source.folder / "vae", STEMS["vae"], source.variant):
+        with path.open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    return {
+        "vae": content.hexdigest(),
+        "vae config": str(configs.vae),
+        "compute_dtype": jnp.dtype(vae_dtype(configs, dtype)).name,
+    }
+
+
 def denoiser_shapes(source: Source) -> PyTree:
     """The denoiser's parameters, as float32 shapes."""
     return parameter_shapes(read_configs(source.folder))["unet"]
@@ -164,16 +178,18 @@ def make_model(
     ) -> Float[Array, "b h w c"]:
         return unet.apply({"params": params}, x_t, t, *cond).astype(jnp.float32)
 
-    def encode(params: PyTree, images: Float[Array, "b H W 3"], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
-        mean, log_variance = vae.apply({"params": params}, 2.0 * images - 1.0, method="encode")
-        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        return scale * (mean + jnp.exp(0.5 * log_variance) * eps)
+    def encode(params: PyTree, images: Float[Array, "b H W 3"]) -> Posterior:
+        return Posterior(*vae.apply({"params": params}, 2.0 * images - 1.0, method="encode"))
+
+    def sample_latent(posterior: Posterior, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
+        eps = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
+        return scale * (posterior.mean + jnp.exp(0.5 * posterior.log_variance) * eps)
 
     def decode(params: PyTree, x_0: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         pixels = vae.apply({"params": params}, x_0 / scale, method="decode")
         return jnp.clip(0.5 * pixels + 0.5, 0.0, 1.0)
 
-    return Model(encode_text, encode_empty, predict, encode, decode, noise, shape)
+    return Model(encode_text, encode_empty, predict, encode, sample_latent, decode, noise, shape)
 
 
 def latent_shape(configs: Configs, resolution: int | None) -> tuple[int, int, int]:
