@@ -29,9 +29,9 @@ def get_config() -> ConfigDict:
     config.algorithm = "ddpo_is"
     # What the networks compute in: "float32" or "bfloat16". Trained weights, log-probs and losses stay float32.
     config.compute_dtype = "float32"
-    # Of the UNet: "xla" holds all products of queries and keys, "chunked" those of some queries at a time, "cudnn" (an
-    # NVIDIA GPU, bfloat16) none; it takes heads of up to 128, and wider ones are left to XLA. "auto" is cudnn where it
-    # can be had, chunked on other accelerators and xla on CPU.
+    # Of the UNet: "xla" holds all products of queries and keys, "stepwise" too, but fuses nothing with them, "chunked"
+    # holds those of some queries at a time, "cudnn" (an NVIDIA GPU, bfloat16) none; it takes heads of up to 128, and
+    # wider ones are left to XLA. "auto" is cudnn where it can be had, chunked on other accelerators, stepwise on CPU.
     config.attention = "auto"
     # Folder of compiled programs, so that a second start takes seconds; "" compiles anew every time.
     config.compilation_cache = "~/.cache/ddpo_jax"

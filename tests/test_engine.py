@@ -14,8 +14,8 @@ from ddpo_jax.build import build, init_state
 from ddpo_jax.clock import COMPILE
 from ddpo_jax.errors import UserError
 from ddpo_jax.main import main
-from ddpo_jax.models import layers
-from ddpo_jax.models.layers import attend, choose_kernel
+from ddpo_jax.models import attention
+from ddpo_jax.models.attention import attend, choose_kernel
 from ddpo_jax.types import Algorithm, Frozen, Metrics, TrainState
 from ddpo_jax.update import Update, make_update
 
@@ -132,10 +132,11 @@ def test_nothing_is_compiled_after_the_first_round(small_folder, tmp_path, monke
     assert rounds[0] > 0 and rounds == [rounds[0]] * 3
 
 
+@pytest.mark.parametrize("kernel", ["chunked", "stepwise"])
 @pytest.mark.parametrize(("queries", "keys", "limit"), [(12, 12, 40), (12, 7, 10), (7, 12, 1), (7, 12, 10**6)])
-def test_attention_by_chunks_is_attention(monkeypatch, queries, keys, limit):
+def test_attention_is_the_same_by_each_kernel(monkeypatch, kernel, queries, keys, limit):
     """Values and gradients; whatever chunks the queries can be cut into."""
-    monkeypatch.setattr(layers, "CHUNK_PRODUCTS", limit)
+    monkeypatch.setattr(attention, "CHUNK_PRODUCTS", limit)
     rng = np.random.default_rng(0)
     q, k, v, weight = (jnp.asarray(rng.normal(size=(2, n, 16)), jnp.float32) for n in (queries, keys, keys, queries))
 
@@ -144,13 +145,13 @@ def test_attention_by_chunks_is_attention(monkeypatch, queries, keys, limit):
             jax.value_and_grad(lambda q, k, v: jnp.sum(weight * attend(q, k, v, num_heads=2, kernel=kernel)), (0, 1, 2))
         )(q, k, v)
 
-    for found, expected in zip(*map(jax.tree.leaves, (total("chunked"), total("xla"))), strict=True):
+    for found, expected in zip(*map(jax.tree.leaves, (total(kernel), total("xla"))), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_kernels():
     """Which there is follows from the machine and the dtype; which is taken, from a head's width."""
-    assert choose_kernel("auto", dtype=jnp.bfloat16) == choose_kernel("xla", dtype=jnp.float32) == "xla"
+    assert choose_kernel("auto", dtype=jnp.bfloat16) == "stepwise" and choose_kernel("xla", dtype=jnp.float32) == "xla"
     for name, message in {"cudnn": "bfloat16 on cpu: expected an NVIDIA GPU", "flash": "expected 'auto'"}.items():
         with pytest.raises(UserError, match=message):
             choose_kernel(name, dtype=jnp.bfloat16)

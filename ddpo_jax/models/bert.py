@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ddpo_jax.errors import UserError, number
-from ddpo_jax.models.layers import attend, layer_norm
+from ddpo_jax.models.attention import attend
+from ddpo_jax.models.norms import layer_norm
 
 
 class LayerConfig(NamedTuple):

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ddpo_jax.errors import UserError, number
+from ddpo_jax.models.attention import attend
 from ddpo_jax.models.bert import BERTConfig, BERTModel, bert_config
 from ddpo_jax.models.clip import MLP, TowerConfig, VisionConfig, tower_config
-from ddpo_jax.models.layers import attend, layer_norm
 from ddpo_jax.models.mlp import ScoreMLP
+from ddpo_jax.models.norms import layer_norm
 
 MAX_LENGTH = 35  # tokens of a text, with those at its ends
 

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpo_jax.models.layers import conv, group_norm
+from ddpo_jax.models.layers import conv
+from ddpo_jax.models.norms import group_norm
 
 
 class ConvNet(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ddpo_jax.errors import UserError, number
 from ddpo_jax.models.bert import Layer, LayerConfig, layer_config
-from ddpo_jax.models.layers import layer_norm
+from ddpo_jax.models.norms import layer_norm
 
 
 class DeBERTaConfig(NamedTuple):

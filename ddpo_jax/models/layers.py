@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.models.attention import attend
+from ddpo_jax.models.norms import group_norm, layer_norm
 
 Dtype = DTypeLike
-
-# How attention is computed: by XLA with all products of queries and keys at once, the same for some queries at a time,
-# or by cuDNN's fused kernel.
-KERNELS = ("xla", "chunked", "cudnn")
-CUDNN_WIDTH = 128  # of a head, at most, and a multiple of 8
-CHUNK_PRODUCTS = 2**23  # of one sample's queries and keys in all heads that are held at a time
 
 
 def activation(name: str):
@@ -31,101 +24,49 @@ def activation(name: str):
     }[name]
 
 
-def group_norm(num_groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.GroupNorm:
-    # The two-pass variance: E[x²] - E[x]² loses digits where a group's mean is large.
-    return nn.GroupNorm(num_groups=num_groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
-
-
-def layer_norm(epsilon: float, dtype: Dtype | None, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
-
-
 def conv(features: int, size: int, dtype: Dtype, name: str, *, stride: int = 1) -> nn.Conv:
     """A square convolution padded as torch pads it: by size // 2 on every side."""
     return nn.Conv(features, (size, size), strides=stride, padding=size // 2, dtype=dtype, name=name)
 
 
-def attend(
-    query: Float[Array, "b q d"],
-    key: Float[Array, "b k d"],
-    value: Float[Array, "b k d"],
-    *,
-    num_heads: int,
-    mask: Bool[Array, "#b 1 #q k"] | None = None,
-    kernel: str = "xla",
-) -> Float[Array, "b q d"]:
-    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32 at least.
+def dense(features: int, dtype: Dtype | None, name: str, *, use_bias: bool = True) -> nn.Dense:
+    """A linear layer."""
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, dot_general=_product_last, name=name)
 
-    kernel: one of KERNELS; where a head's width does not fit cuDNN's, XLA's all the same.
+
+def _product_last(x: Float[Array, "*b d"], kernel: Float[Array, "d f"], *_, **__) -> Float[Array, "*b f"]:
+    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "n d"], kernel: Float[Array, "d f"]) -> Float[Array, "n f"]:
+    """x @ kernel. On CPU its gradient's operands are written out first.
+
+    XLA would fuse what makes them into two products that want them in different orders, and take twice as long.
     """
-    width = query.shape[-1] // num_heads
-    fits = kernel == "cudnn" and width % 8 == 0 and width <= CUDNN_WIDTH
-
-    def split(x):
-        return x.reshape(*x.shape[:-1], num_heads, width)
-
-    if query.dtype == jnp.float64:
-        attention = _attention_float64
-    elif kernel == "chunked" and mask is None:
-        attention = _attention_chunked
-    else:
-        attention = partial(jax.nn.dot_product_attention, implementation="cudnn" if fits else "xla")
-    return attention(split(query), split(key), split(value), mask=mask).reshape(query.shape)
+    return x @ kernel
 
 
-def _attention_chunked(
-    query: Float[Array, "b q n e"], key: Float[Array, "b k n e"], value: Float[Array, "b k n e"], *, mask: None
-) -> Float[Array, "b q n e"]:
-    """The same, a chunk of queries after the other; each is computed again for its gradient (Rabe & Staats 2021)."""
-    length, heads = query.shape[1:3]
-    most = max(1, CHUNK_PRODUCTS // (heads * key.shape[1]))
-    size = max(size for size in range(1, min(most, length) + 1) if length % size == 0)
-    # Their gradients are sums over the chunks: in float32.
-    wide = key.astype(jnp.float32), value.astype(jnp.float32)
-
-    @jax.checkpoint
-    def attended(some: Float[Array, "b c n e"]) -> Float[Array, "b c n e"]:
-        own = (x.astype(query.dtype) for x in wide)
-        return jax.nn.dot_product_attention(some, *own, implementation="xla")
-
-    if size == length:
-        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
-    chunks = jnp.moveaxis(query.reshape(len(query), -1, size, *query.shape[2:]), 1, 0)
-    return jnp.moveaxis(jax.lax.map(attended, chunks), 0, 1).reshape(query.shape)
+def _product(x, kernel):
+    return x @ kernel, (x, kernel)
 
 
-def choose_kernel(name: str, *, dtype: Dtype) -> str:
-    """The kernel of the denoiser's attention: `name`, or for "auto" the best that this machine and dtype have.
+def _product_gradient(kept, gradient):
+    def gradients(x, kernel, gradient):
+        return gradient @ kernel.T, x.T @ gradient
 
-    Raises:
-        UserError: it is none of them, or cannot be had here.
-    """
-    if name not in ("auto", *KERNELS):
-        raise UserError(f"attention={name!r}: expected 'auto', {', '.join(map(repr, KERNELS))}")
-    platform = jax.default_backend()
-    fused = platform == "gpu" and jnp.dtype(dtype).itemsize == 2
-    if name == "cudnn" and not fused:
-        raise UserError(
-            f"attention='cudnn' in {jnp.dtype(dtype).name} on {platform}: expected an NVIDIA GPU and"
-            " compute_dtype=bfloat16; set 'auto'"
-        )
-    if name != "auto":
-        return name
-    return "cudnn" if fused else "xla" if platform == "cpu" else "chunked"
+    def apart(*operands):
+        return gradients(*jax.lax.optimization_barrier(operands))
+
+    return jax.lax.platform_dependent(*kept, gradient, cpu=apart, default=gradients)
 
 
-def _attention_float64(
-    query: Float[Array, "b q n e"],
-    key: Float[Array, "b k n e"],
-    value: Float[Array, "b k n e"],
-    *,
-    mask: Bool[Array, "#b 1 #q k"] | None,
-) -> Float[Array, "b q n e"]:
-    """The same; jax.nn.dot_product_attention rounds its softmax to float32 whatever it is given."""
-    products = jnp.einsum("bqne,bkne->bnqk", query, key) / query.shape[-1] ** 0.5
-    if mask is not None:
-        products = jnp.where(mask, products, -jnp.inf)
-    return jnp.einsum("bnqk,bkne->bqne", jax.nn.softmax(products), value)
+product.defvjp(_product, _product_gradient)
+
+
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x Φ(x) by erf, as torch has it; XLA has one formula for it, where it has two for jax.nn.gelu's erfc."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 class ResnetBlock(nn.Module):
@@ -143,7 +84,7 @@ class ResnetBlock(nn.Module):
         hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm1")(x))
         hidden = conv(self.features, 3, self.dtype, "conv1")(hidden)
         if time_embedding is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time_embedding))
+            shift = dense(self.features, self.dtype, "time_emb_proj")(nn.silu(time_embedding))
             hidden = hidden + shift[:, None, None, :]
         hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm2")(hidden))
         hidden = conv(self.features, 3, self.dtype, "conv2")(hidden)
@@ -174,11 +115,11 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None) -> Float[Array, "b q d"]:
         context = x if context is None else context
         width = x.shape[-1]
-        query = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
-        key = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
-        value = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
+        query = dense(width, self.dtype, "to_q", use_bias=False)(x)
+        key = dense(width, self.dtype, "to_k", use_bias=False)(context)
+        value = dense(width, self.dtype, "to_v", use_bias=False)(context)
         out = attend(query, key, value, num_heads=self.num_heads, kernel=self.kernel)
-        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(out)
+        return dense(width, self.dtype, "to_out_0")(out)
 
 
 class GatedLinearUnit(nn.Module):
@@ -189,8 +130,8 @@ class GatedLinearUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b q d"]) -> Float[Array, "b q f"]:
-        hidden, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return hidden * nn.gelu(gate, approximate=False)
+        hidden, gate = jnp.split(dense(2 * self.features, self.dtype, "proj")(x), 2, axis=-1)
+        return hidden * gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -201,7 +142,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b q d"]) -> Float[Array, "b q d"]:
         hidden = GatedLinearUnit(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+        return dense(x.shape[-1], self.dtype, "net_2")(hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -242,7 +183,7 @@ class SpatialTransformer(nn.Module):
 
         def project(name: str):
             if self.linear_projection:
-                return nn.Dense(channels, dtype=self.dtype, name=name)
+                return dense(channels, self.dtype, name)
             return conv(channels, 1, self.dtype, name)
 
         hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))

@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from ddpo_jax import process
 from ddpo_jax.convert import leaf_path
 from ddpo_jax.errors import UserError
+from ddpo_jax.models.attention import choose_kernel
 from ddpo_jax.models.clip import CLIPTextModel
 from ddpo_jax.models.folder import (
     STEMS,
@@ -23,7 +24,6 @@ from ddpo_jax.models.folder import (
     read_weights,
     weight_files,
 )
-from ddpo_jax.models.layers import choose_kernel
 from ddpo_jax.models.locate import locate_pipeline
 from ddpo_jax.models.pipeline import Configs, read_configs, read_schedule, read_tokenizers
 from ddpo_jax.models.tokenizer import tokenize_all

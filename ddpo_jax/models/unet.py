@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpo_jax.errors import UserError, number, numbers
-from ddpo_jax.models.layers import Dtype, ResnetBlock, SpatialTransformer, Upsample, conv, group_norm
+from ddpo_jax.models.layers import Dtype, ResnetBlock, SpatialTransformer, Upsample, conv, dense
+from ddpo_jax.models.norms import group_norm
 
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # block type -> whether it attends to the text
 UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -158,8 +159,8 @@ class TimestepMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b f"]:
-        x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x))
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(x)
+        x = nn.silu(dense(self.features, self.dtype, "linear_1")(x))
+        return dense(self.features, self.dtype, "linear_2")(x)
 
 
 class Downsample(nn.Module):

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpo_jax.errors import UserError, number, numbers
-from ddpo_jax.models.layers import Dtype, ResnetBlock, Upsample, attend, conv, group_norm
+from ddpo_jax.models.attention import attend
+from ddpo_jax.models.layers import Dtype, ResnetBlock, Upsample, conv, dense
+from ddpo_jax.models.norms import group_norm
 
 EPSILON = 1e-6  # of every GroupNorm in diffusers' autoencoder; not in its config
 
@@ -84,11 +86,9 @@ class SpatialAttention(nn.Module):
         batch, height, width, channels = x.shape
         hidden = group_norm(self.num_groups, EPSILON, self.dtype, "group_norm")(x)
         hidden = hidden.reshape(batch, height * width, channels)
-        query, key, value = (
-            nn.Dense(channels, dtype=self.dtype, name=name)(hidden) for name in ("to_q", "to_k", "to_v")
-        )
+        query, key, value = (dense(channels, self.dtype, name)(hidden) for name in ("to_q", "to_k", "to_v"))
         out = attend(query, key, value, num_heads=1)
-        return x + nn.Dense(channels, dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)
+        return x + dense(channels, self.dtype, "to_out_0")(out).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
