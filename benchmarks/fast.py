@@ -68,7 +68,7 @@ VARIANTS = {
         "#3aa6b9",
     ),
     "quickstart": Variant(QUICKSTART, {}, "`configs/quickstart.py`: shared noise, the first two steps", "#2a78d6"),
-    "fast": Variant(FAST, {}, "`configs/fast.py`: these, a window, a larger learning rate", "#c2571a"),
+    "fast": Variant(FAST, {}, "`configs/fast.py`: a window of the first step, twice the learning rate", "#c2571a"),
     "control": Variant(
         FAST, {"reward.shuffled": "true"}, "`configs/fast.py`, rewards of the wrong pictures", "#c2571a"
     ),
