@@ -1,14 +1,16 @@
 """Bytes on a device that DDPO takes, by model, by what is trained and by what the backward pass keeps.
 
 python -m benchmarks.memory --rows=sd15,sdxl --json=runs/memory.json
+python -m benchmarks.memory --chip=v5e --rows=sd15:lora:products --micro_batch_size=4 --chunk_size=4
 
-Compiles the very programs of a run (sampling, gradient, optimizer step) for an NVIDIA H100 from shapes alone, without
-weights and without a GPU, and reads XLA's buffer assignment. What a program needs is what lives through it (weights,
-training state, trajectories, gradients) and its temporary buffers; the peak is that of the program that needs most. XLA
-is kept from rescuing a program that does not fit. Not in it: CUDA's own memory (about 0.5 GB), scratch space of
-convolutions, which cuDNN chooses on the device, and fragmentation.
+Compiles the very programs of a run (sampling, gradient, optimizer step) for an NVIDIA H100 or a TPU from shapes alone,
+without weights and without the chip, and reads XLA's buffer assignment. What a program needs is what lives through it
+(weights, training state, trajectories, gradients) and its temporary buffers; the peak is that of the program that needs
+most. For a GPU, XLA is kept from rescuing a program that does not fit; not in it are CUDA's own memory (about 0.5 GB),
+scratch space of convolutions, which cuDNN chooses on the device, and fragmentation. A TPU's compiler refuses what does
+not fit; a program takes it minutes.
 
-bfloat16 compute, float32 trained weights, AdamW with float32 moments, guidance, micro-batches of one row.
+bfloat16 compute, float32 trained weights, AdamW with float32 moments, guidance.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run
 
 import jax
 
-from benchmarks.gpu import h100
+from benchmarks.chips import on_chip
 from benchmarks.programs import Program, abstract_run, read_model, size
 from configs import base
 from ddpo_jax.models.unet import REMAT
@@ -34,7 +36,7 @@ GB = 1e9
 
 # XLA's own rematerialisation would hide what train.remat does. Without Triton no GPU is asked which of its kernels is
 # fastest: matrix products are cuBLAS's, whose workspace is in the figures.
-OPTIONS = {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_enable_triton_gemm": False}
+OPTIONS = {"h100": {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_enable_triton_gemm": False}}
 
 
 class Row(NamedTuple):
@@ -44,6 +46,10 @@ class Row(NamedTuple):
     trains: str
     remat: str
     pixels: int
+    chip: str
+    attention: str
+    micro_batch_size: int
+    chunk_size: int
     frozen: int  # weights that are not trained
     state: int  # trained weights, their moments
     gradients: int
@@ -55,9 +61,9 @@ class Row(NamedTuple):
     seconds: float  # of compiling
 
 
-def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int, sharding: Any) -> Row:
+def measure(name: str, trains: str, remat: str, *, pixels: int, flags: argparse.Namespace) -> Row:
     """What one run needs."""
-    begin = time.monotonic()
+    begin, sharding = time.monotonic(), on_chip(flags.chip)
     layout = make_layout(devices=list(sharding.device_set))
     config = base.get_config()
     config.update_from_flattened_dict(
@@ -65,17 +71,19 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int
             "compute_dtype": "bfloat16",
             "pretrained.resolution": pixels,
             "sample.num_steps": 50,
-            "sample.num_prompts": num_samples,
+            "sample.num_prompts": flags.num_samples,
             "train.learning_rate": 3e-4,
             "train.lora_rank": 0 if trains == "full" else 4,
             "train.remat": remat,
+            "attention": flags.attention,
         }
     )
-    run = abstract_run(config, *read_model(config, name), layout=layout, chunk_size=1, micro_batch_size=1)
+    cut = {"chunk_size": flags.chunk_size, "micro_batch_size": flags.micro_batch_size}
+    run = abstract_run(config, *read_model(config, name), layout=layout, **cut)
 
     def temporary(program: Program) -> int:
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), program.inputs)
-        compiled = program.fn.lower(*placed).compile(compiler_options=OPTIONS)
+        compiled = program.fn.lower(*placed).compile(compiler_options=OPTIONS.get(flags.chip))
         found = compiled.memory_analysis()
         return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
@@ -94,6 +102,9 @@ def measure(name: str, trains: str, remat: str, *, pixels: int, num_samples: int
         trains,
         remat,
         pixels,
+        flags.chip,
+        flags.attention,
+        **cut,
         **kept,
         sampling=sampling,
         update=gradient,
@@ -132,16 +143,20 @@ PLANNED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="sd15,sdxl", help="models, with commas between; sd15:lora:blocks is one row")
+    parser.add_argument("--chip", default="h100", help="h100, or a TPU: v5e, v6e, ...")
+    parser.add_argument("--attention", default="xla", help="xla or chunked")
+    parser.add_argument("--micro_batch_size", type=int, default=1, help="rows that a gradient program learns from")
+    parser.add_argument("--chunk_size", type=int, default=1, help="pictures that a program draws")
     parser.add_argument("--num_samples", type=int, default=64, help="a round; their trajectories stay on the device")
     parser.add_argument("--json", type=Path, help="a file to write")
     flags = parser.parse_args()
-    sharding, rows = h100(), []
+    rows = []
     for wanted in flags.rows.split(","):
         name, *rest = wanted.split(":")
         for trains, remat, pixels in PLANNED[name]:
             if rest and rest != [trains, remat][: len(rest)]:
                 continue
-            rows.append(measure(name, trains, remat, pixels=pixels, num_samples=flags.num_samples, sharding=sharding))
+            rows.append(measure(name, trains, remat, pixels=pixels, flags=flags))
             print(table(rows)[-1], f"compiled in {rows[-1].seconds:.0f} s", flush=True)
     print("\n".join(["", *table(rows)]))
     if flags.json:

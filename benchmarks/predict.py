@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from benchmarks.gpu import MEMORY
+from benchmarks.chips import MEMORY
 from benchmarks.hlo import Array, Collective, Work
 from ddpo_jax import settings
 from ddpo_jax.methods import method_of

@@ -21,6 +21,7 @@ from ddpo_jax.build import DTYPES
 from ddpo_jax.errors import UserError
 from ddpo_jax.methods import Loaded, method_of
 from ddpo_jax.models import pipeline
+from ddpo_jax.models.layers import choose_kernel
 from ddpo_jax.models.locate import TINY
 from ddpo_jax.models.stable_diffusion import make_model, stored
 from ddpo_jax.policy import make_policy, make_sampler
@@ -93,6 +94,7 @@ def abstract_run(
         dtype=dtype,
         resolution=config.pretrained.resolution or None,
         remat=config.train.remat,
+        kernel=choose_kernel(config.attention, dtype=dtype),
     )
     policy = make_policy(
         model,
@@ -109,7 +111,7 @@ def abstract_run(
     parts = Parts(model, policy, sampler, None, None, layout, chunk_size, tuning.merge)
     prompts = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
     timesteps = np.asarray(model.process.timesteps(sample.num_steps))
-    loaded = Loaded(prompts, None, (), 0, None, timesteps, np.ones(1, np.float32))
+    loaded = Loaded(prompts, None, (), 0, None, timesteps, np.ones(1, np.float32), model.latent_shape, dict)
     _, method = method_of(config).make(config, loaded)
     algorithm = algorithms.make(config.algorithm, parts, method)
     update = make_update(algorithm, tuning, tx, ema_decay=config.train.ema_decay, layout=layout)

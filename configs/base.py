@@ -29,6 +29,10 @@ def get_config() -> ConfigDict:
     config.algorithm = "ddpo_is"
     # What the networks compute in: "float32" or "bfloat16". Trained weights, log-probs and losses stay float32.
     config.compute_dtype = "float32"
+    # Of the UNet: "xla" holds all products of queries and keys, "chunked" those of some queries at a time, "cudnn" (an
+    # NVIDIA GPU, bfloat16) none; it takes heads of up to 128, and wider ones are left to XLA. "auto" is cudnn where it
+    # can be had, chunked on other accelerators and xla on CPU.
+    config.attention = "auto"
     # Folder of compiled programs, so that a second start takes seconds; "" compiles anew every time.
     config.compilation_cache = "~/.cache/ddpo_jax"
     # Scalars and grids to workdir/tensorboard (pip install 'ddpo_jax[tensorboard]').
@@ -144,10 +148,10 @@ def get_config() -> ConfigDict:
     # only rounding.
     train.micro_batch_size = 16
     # What of the UNet's forward pass is kept for the backward pass; the rest is computed again. "none" keeps all,
-    # "products" the outputs of convolutions and linear layers, "blocks" what goes into each block (a third more work),
-    # "full" the same, and inside a block it keeps one layer at a time (two thirds more). The README has the bytes. No
-    # effect on CPU.
-    train.remat = "none"
+    # "products" the outputs of convolutions and linear layers (5 % more work, less than half the memory), "blocks" what
+    # goes into each block (a third more work), "full" the same, and inside a block it keeps one layer at a time (two
+    # thirds more). The README has the bytes. No effect on CPU.
+    train.remat = "products"
     # PPO's clip range of the importance ratio. Larger learns faster, and less safely.
     train.clip_range = 1e-4
     # Advantages are clipped to ± this.
@@ -292,12 +296,20 @@ def get_config() -> ConfigDict:
     # image_0, image_1, label; a label is 1 where image_0 is preferred, 0 where image_1 is, and 0.5 is a tie, which is
     # left out. Of either a data set that ddpo_jax.prepare made.
     data.source = ""
-    # Images, or pairs, a round, each encoded once.
+    # Images, or pairs, a round, each encoded once. The host holds them, and those of the next round, which are read
+    # meanwhile: 1.6 MB a pair of 512 pixels.
     data.batch_size = 1024
     # Fraction of them whose caption is dropped, for guidance.
     data.prompt_dropout = 0.1
     # Turns each picture of a pair over, left to right, with a chance of one half.
     data.horizontal_flip = False
+    # A folder to keep what the VAE's encoder makes of each picture, so that each is decoded and encoded once, and later
+    # passes, continued runs and other runs read it there; "" keeps nothing. The latents are drawn from it anew in each
+    # round, as without it. It fills up while the run goes on: 131 KB a picture of 512 pixels, 524 KB of 1024, and with
+    # horizontal_flip up to twice that. Several hosts need one folder that all see.
+    data.cache = ""
+    # What is kept there: "float32" (nothing changes) or "float16" (half the bytes, rounded to 3 digits).
+    data.cache_dtype = "float32"
 
     # Locked, so that a misspelt field is an error in recipes too.
     return config.lock()

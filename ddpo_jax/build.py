@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Run(NamedTuple):
     tuning: Finetune
     tx: optax.GradientTransformation
     frozen: Frozen
-    draw: Callable  # epoch -> the round's inputs, pure
+    draw: Callable  # epoch, watch -> the round's inputs, pure; watch is called at each picture and may raise
     eval_prompts: dict[str, Prompts]  # by name: train, held_out
     experts: Combination  # of the rewards
     source: Source  # of the pretrained model
@@ -106,7 +107,17 @@ def build(config: ConfigDict, phase: Callable) -> Run:
         )
     )
     timesteps = np.asarray(model.process.timesteps(config.sample.num_steps))
-    loaded = Loaded(train_set, train_tokens, pretrained.tokenizers, resolution, combination, timesteps, weights)
+    loaded = Loaded(
+        prompts=train_set,
+        tokens=train_tokens,
+        tokenizers=pretrained.tokenizers,
+        resolution=resolution,
+        experts=combination,
+        timesteps=timesteps,
+        weights=weights,
+        latent_shape=model.latent_shape,
+        identify_encoder=partial(stable_diffusion.identify_encoder, pretrained.source, DTYPES[config.compute_dtype]),
+    )
     draw, method_settings = method.make(config, loaded)
     return Run(
         layout=layout,
@@ -135,6 +146,7 @@ def load_model(config: ConfigDict, tuning: Finetune, *, place: Callable = first_
         dtype=choose(DTYPES, config.compute_dtype, "compute_dtype"),
         resolution=config.pretrained.resolution or None,
         remat=config.train.remat,
+        attention=config.attention,
         variant=config.pretrained.variant,
         revision=config.pretrained.revision,
         exact=tuning.changes,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +14,12 @@ from jaxtyping import UInt8
 
 from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import UserError
-from ddpo_jax.pictures import in_threads, read_square
+from ddpo_jax.latent_cache import Cache, recall
+from ddpo_jax.pictures import in_threads, nothing, read_square, watched
 from ddpo_jax.plugins import load_object
+from ddpo_jax.types import Recalled
+
+TAIL = 4096  # bytes
 
 
 class ImageText(NamedTuple):
@@ -21,6 +27,8 @@ class ImageText(NamedTuple):
 
     get: Callable  # index -> (H, W, 3) uint8, caption
     length: int | None  # None: any index
+    caption: Callable | None = None  # index -> caption, without a look at the picture; of a finite source
+    identity: Callable | None = None  # () -> what tells the pictures and their order from others; of a finite source
 
 
 def open_source(source: str, *, resolution: int) -> ImageText:
@@ -53,26 +61,77 @@ def open_source(source: str, *, resolution: int) -> ImageText:
         path, caption = rows[index]
         return load_image(path, resolution), caption
 
-    return ImageText(get, len(rows))
+    return ImageText(get, len(rows), lambda index: rows[index][1], lambda: identify([path for path, _ in rows]))
 
 
 def make_batch(
-    source: ImageText, *, batch_size: int, seed: int, epoch: int, resolution: int
+    source: ImageText, *, batch_size: int, seed: int, epoch: int, resolution: int, watch: Callable = nothing
 ) -> tuple[UInt8[np.ndarray, "b H W 3"], tuple[str, ...]]:
     """A round's images and captions. A finite source is walked in passes, each shuffled anew."""
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    images = np.empty((batch_size, resolution, resolution, 3), np.uint8)
+    return read_batch(source, indices, resolution=resolution, watch=watch)
+
+
+def read_batch(
+    source: ImageText, indices: Sequence[int], *, resolution: int, watch: Callable = nothing
+) -> tuple[UInt8[np.ndarray, "b H W 3"], tuple[str, ...]]:
+    """The images and captions with these indices.
+
+    watch: is called before each is read, on any thread; what it raises ends the reading.
+    """
+    images = np.empty((len(indices), resolution, resolution, 3), np.uint8)
 
     def read(i: int) -> str:
+        watch()
         images[i], caption = _checked(source.get(indices[i]), indices[i], resolution)
         return caption
 
-    return images, tuple(read_rows(read, source.length, batch_size))
+    return images, tuple(read_rows(read, source.length, len(indices)))
+
+
+def recall_batch(
+    source: ImageText,
+    cache: Cache,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    resolution: int,
+    watch: Callable = nothing,
+) -> tuple[Recalled, tuple[str, ...]]:
+    """`make_batch` of what a cache has of the pictures, each the only one of its sample; the others are decoded."""
+    indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
+
+    def read(samples: Sequence[int]) -> UInt8[np.ndarray, "k 1 H W 3"]:
+        chosen = [indices[i] for i in samples]
+        return read_batch(source, chosen, resolution=resolution, watch=watch)[0][:, None]
+
+    numbers = np.array(indices)[:, None]
+    recalled = recall(cache, numbers, np.zeros(numbers.shape, bool), read, watch)
+    return recalled, tuple(in_threads(watched(source.caption, watch), indices))
 
 
 def read_rows(read: Callable, length: int | None, batch_size: int) -> list[Any]:
-    """read(i) of each row of a batch. What calls a function of the user's own stays on this thread."""
+    """read(i) of each row of a batch. What calls a function of the user's own stays on one thread."""
     return [read(i) for i in range(batch_size)] if length is None else in_threads(read, range(batch_size))
+
+
+def identify(files: Sequence[Path]) -> str:
+    """What tells these files, in this order, from others: how long they are, and how they end.
+
+    Names and times are left out, so that a copy is the same. The end of a PNG sums up all of its pixels.
+    """
+
+    def end(path: Path) -> bytes:
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - TAIL))
+                return size.to_bytes(8, "little") + file.read()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    return hashlib.sha256(b"".join(hashlib.sha256(told).digest() for told in in_threads(end, files))).hexdigest()
 
 
 def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[int]:
@@ -96,11 +155,14 @@ def load_image(picture: Path | bytes, resolution: int, where: str = "") -> UInt8
 def _prepared(folder: Path, resolution: int) -> ImageText:
     records = open_prepared(folder, "captioned")
 
+    def caption(index: int) -> str:
+        return records.get(index).text
+
     def get(index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
         record = records.get(index)
         return load_image(record.image, resolution, f"data.source, index {index}"), record.text
 
-    return ImageText(get, records.length)
+    return ImageText(get, records.length, caption, lambda: identify(records.files))
 
 
 def _checked(pair: Any, index: int, resolution: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:

@@ -15,12 +15,15 @@ from transformers import CLIPTokenizer
 from ddpo_jax import advantages, data, image_text, preferences, window
 from ddpo_jax.algorithms.ddpo import Scoring
 from ddpo_jax.algorithms.diffusion_dpo import Objective
+from ddpo_jax.algorithms.encode import make_encoder, make_recalling_encoder
 from ddpo_jax.algorithms.judged import Judging
 from ddpo_jax.errors import UserError
 from ddpo_jax.experts import Combination
+from ddpo_jax.latent_cache import Cache, open_cache
 from ddpo_jax.models.tokenizer import find_too_long, tokenize_all
+from ddpo_jax.pictures import nothing
 from ddpo_jax.process import choose
-from ddpo_jax.types import Prompts
+from ddpo_jax.types import Prompts, Recalled
 
 
 class Loaded(NamedTuple):
@@ -33,27 +36,33 @@ class Loaded(NamedTuple):
     experts: Combination
     timesteps: Float[np.ndarray, " T+1"]  # of the sampler
     weights: Float[np.ndarray, " experts"]
+    latent_shape: tuple[int, int, int]
+    identify_encoder: Callable  # () -> what tells the VAE's encoder from another, JSON values by name
 
 
 class Method(NamedTuple):
     """One training method."""
 
-    make: Callable  # config, Loaded -> (epoch -> the inputs of its round, the settings of its Algorithm)
+    make: Callable  # config, Loaded -> (epoch, watch -> the inputs of its round, the settings of its Algorithm)
     drawn: Callable  # config -> pictures that a round draws or encodes
     learned: Callable  # config -> samples that a round learns from
     slices: Callable  # config -> slices of each
 
 
-def prompts_of(config: ConfigDict, loaded: Loaded) -> Callable[[int], Prompts]:
+def prompts_of(config: ConfigDict, loaded: Loaded) -> Callable:
     """The prompts of a round, for methods that learn from the model's own samples."""
-    return lambda epoch: data.draw(
-        loaded.prompts,
-        loaded.tokens,
-        num_prompts=config.sample.num_prompts,
-        num_samples_per_prompt=config.sample.num_samples_per_prompt,
-        seed=config.seed,
-        epoch=epoch,
-    )
+
+    def draw(epoch: int, watch: Callable = nothing) -> Prompts:
+        return data.draw(
+            loaded.prompts,
+            loaded.tokens,
+            num_prompts=config.sample.num_prompts,
+            num_samples_per_prompt=config.sample.num_samples_per_prompt,
+            seed=config.seed,
+            epoch=epoch,
+        )
+
+    return draw
 
 
 def judging_of(config: ConfigDict, loaded: Loaded) -> Judging:
@@ -141,32 +150,48 @@ def _rwr(config: ConfigDict, loaded: Loaded, weights: advantages.Advantages) -> 
 def sft(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
     """The pictures and captions of a round, and the settings of supervised fine-tuning."""
     source = image_text.open_source(config.data.source, resolution=loaded.resolution)
+    settings = {"prompt_dropout": config.data.prompt_dropout, "num_noise_draws": config.train.num_noise_draws}
+    how = {"batch_size": config.data.batch_size, "seed": config.seed, "resolution": loaded.resolution}
 
-    def draw(epoch: int) -> tuple[np.ndarray, Prompts]:
-        images, captions = image_text.make_batch(
-            source, batch_size=config.data.batch_size, seed=config.seed, epoch=epoch, resolution=loaded.resolution
-        )
-        return images, _captions(captions, loaded)
+    def draw(epoch: int, watch: Callable = nothing) -> tuple[np.ndarray, Prompts]:
+        images, captions = image_text.make_batch(source, epoch=epoch, watch=watch, **how)
+        return images[:, None], _captions(captions, loaded)
 
-    return draw, {"prompt_dropout": config.data.prompt_dropout, "num_noise_draws": config.train.num_noise_draws}
+    if not config.data.cache:
+        return draw, {"make_encoder": make_encoder, **settings}
+    cache = _open_cache(config, loaded, source)
+
+    def recall(epoch: int, watch: Callable = nothing) -> tuple[Recalled, Prompts]:
+        pictures, captions = image_text.recall_batch(source, cache, epoch=epoch, watch=watch, **how)
+        return pictures, _captions(captions, loaded)
+
+    return recall, {"make_encoder": make_recalling_encoder, **settings}
 
 
 def diffusion_dpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
     """The pairs of a round, and the settings of Diffusion-DPO on a data set."""
     source = preferences.open_source(config.data.source, resolution=loaded.resolution)
+    settings = {"objective": objective_of(config), "prompt_dropout": config.data.prompt_dropout}
+    how = {
+        "batch_size": config.data.batch_size,
+        "seed": config.seed,
+        "resolution": loaded.resolution,
+        "horizontal_flip": config.data.horizontal_flip,
+    }
 
-    def draw(epoch: int) -> tuple[np.ndarray, np.ndarray, Prompts]:
-        found = preferences.make_batch(
-            source,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            epoch=epoch,
-            resolution=loaded.resolution,
-            horizontal_flip=config.data.horizontal_flip,
-        )
+    def draw(epoch: int, watch: Callable = nothing) -> tuple[np.ndarray, np.ndarray, Prompts]:
+        found = preferences.winner_first(preferences.make_batch(source, epoch=epoch, watch=watch, **how))
         return found.images, found.labels, _captions(found.prompts, loaded)
 
-    return draw, {"objective": objective_of(config), "prompt_dropout": config.data.prompt_dropout}
+    if not config.data.cache:
+        return draw, {"make_encoder": make_encoder, **settings}
+    cache = _open_cache(config, loaded, source)
+
+    def recall(epoch: int, watch: Callable = nothing) -> tuple[Recalled, np.ndarray, Prompts]:
+        found = preferences.recall_batch(source, cache, epoch=epoch, watch=watch, **how)
+        return found.pictures, found.labels, _captions(found.prompts, loaded)
+
+    return recall, {"make_encoder": make_recalling_encoder, **settings}
 
 
 def online_dpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
@@ -202,6 +227,21 @@ def reward_backprop(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[
         "max_grad_steps": config.backprop.max_steps,
     }
     return prompts_of(config, loaded), settings
+
+
+def _open_cache(config: ConfigDict, loaded: Loaded, source: image_text.ImageText | preferences.Pairs) -> Cache:
+    """The folder data.cache, for the pictures of this source."""
+    if source.identity is None:
+        raise UserError(
+            f"data.cache: data.source={config.data.source!r} gives new pictures in every round; expected a folder or a"
+            " prepared data set, whose pictures come again; set ''"
+        )
+    return open_cache(
+        config.data.cache,
+        identity={"data set": source.identity(), "resolution": loaded.resolution, **loaded.identify_encoder()},
+        latent_shape=loaded.latent_shape,
+        dtype=config.data.cache_dtype,
+    )
 
 
 def _captions(texts: Sequence[str], loaded: Loaded) -> Prompts:

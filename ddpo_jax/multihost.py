@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 from ddpo_jax.errors import Preempted, RunStopped, UserError
 from ddpo_jax.types import PyTree
@@ -198,6 +198,12 @@ def inside_on_main(context: AbstractContextManager) -> Iterator[Any]:
         entered = []
         on_main(lambda: entered.append(stack.enter_context(context)))
         yield entered[0] if entered else None
+
+
+def union(numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """The numbers that any process has, each once, in order; each calls it at the same place."""
+    found = _gather(numbers.tolist()) if jax.process_count() > 1 else [numbers]
+    return np.unique(np.concatenate(found).astype(int))
 
 
 def gather_scores(scores: Float32[np.ndarray, "b experts"]) -> Float32[np.ndarray, "b experts"]:

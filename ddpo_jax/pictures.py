@@ -74,6 +74,20 @@ def square(file: Image.Image, resolution: int) -> Image.Image:
     return ImageOps.fit(opaque(file), (resolution, resolution), Image.Resampling.LANCZOS)
 
 
+def nothing() -> None:
+    """Does nothing."""
+
+
+def watched(function: Callable, watch: Callable) -> Callable:
+    """The function of one value, with watch() called before."""
+
+    def call(value: Any) -> Any:
+        watch()
+        return function(value)
+
+    return call
+
+
 def in_threads(function: Callable, values: Sequence[Any]) -> list[Any]:
     """function(value) of each, in their order, on as many threads as there are processors."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:

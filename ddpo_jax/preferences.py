@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from PIL import Image
 
 from ddpo_jax.datasets.reading import is_prepared, open_prepared
 from ddpo_jax.errors import RunStopped, UserError
-from ddpo_jax.image_text import load_image, numbered_lines, read_rows, walk
+from ddpo_jax.image_text import identify, load_image, numbered_lines, read_rows, walk
+from ddpo_jax.latent_cache import Cache, recall
 from ddpo_jax.pairing import Chosen
-from ddpo_jax.pictures import open_picture
+from ddpo_jax.pictures import in_threads, nothing, open_picture, watched
 from ddpo_jax.plugins import load_object
+from ddpo_jax.types import Recalled
 from ddpo_jax.workdir import replace_file, write_atomically
 
 FILES = "pairs*.jsonl"
@@ -38,6 +40,15 @@ class Pairs(NamedTuple):
 
     get: Callable  # index -> Pair
     length: int | None  # None: any index
+    told: Callable | None = None  # index -> prompt, label, without a look at the pictures; of a finite source
+    identity: Callable | None = None  # () -> what tells the pictures and their order from others; of a finite source
+
+
+class Drawn(NamedTuple):
+    """Which comparisons are of a round."""
+
+    indices: list[int]
+    flipped: Bool[np.ndarray, "b 2"]  # pictures that are turned over, left to right
 
 
 class Batch(NamedTuple):
@@ -45,6 +56,14 @@ class Batch(NamedTuple):
 
     prompts: tuple[str, ...]
     images: UInt8[np.ndarray, "b 2 H W 3"]
+    labels: Float32[np.ndarray, " b"]
+
+
+class Remembered(NamedTuple):
+    """A round of comparisons whose pictures, the preferred ones first, may have been encoded before."""
+
+    prompts: tuple[str, ...]
+    pictures: Recalled
     labels: Float32[np.ndarray, " b"]
 
 
@@ -80,28 +99,88 @@ def open_source(source: str, *, resolution: int) -> Pairs:
         prompt, path_0, path_1, label = rows[index]
         return Pair(prompt, load_image(path_0, resolution), load_image(path_1, resolution), label)
 
-    return Pairs(get, len(rows))
+    def told(index: int) -> tuple[str, float]:
+        prompt, _, _, label = rows[index]
+        return prompt, label
+
+    return Pairs(get, len(rows), told, lambda: identify([path for row in rows for path in row[1:3]]))
 
 
 def make_batch(
-    source: Pairs, *, batch_size: int, seed: int, epoch: int, resolution: int, horizontal_flip: bool
+    source: Pairs,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    resolution: int,
+    horizontal_flip: bool,
+    watch: Callable = nothing,
 ) -> Batch:
-    """A round's pairs. A finite source is walked in passes, each shuffled anew.
+    """A round's pairs, as `draw` says."""
+    drawn = draw(source, batch_size=batch_size, seed=seed, epoch=epoch, horizontal_flip=horizontal_flip)
+    return read_batch(source, drawn, resolution=resolution, watch=watch)
+
+
+def draw(source: Pairs, *, batch_size: int, seed: int, epoch: int, horizontal_flip: bool) -> Drawn:
+    """Which pairs are of a round. A finite source is walked in passes, each shuffled anew.
 
     horizontal_flip: turns each picture over, left to right, with a chance of one half.
     """
     indices = walk(source.length, batch_size=batch_size, seed=seed, epoch=epoch)
-    flips = np.random.default_rng((seed, epoch, FLIPS)).random((batch_size, 2)) < 0.5 * horizontal_flip
-    images = np.empty((batch_size, 2, resolution, resolution, 3), np.uint8)
+    flipped = np.random.default_rng((seed, epoch, FLIPS)).random((batch_size, 2)) < 0.5 * horizontal_flip
+    return Drawn(indices, flipped)
+
+
+def read_batch(source: Pairs, drawn: Drawn, *, resolution: int, watch: Callable = nothing) -> Batch:
+    """These pairs.
+
+    watch: is called before each is read, on any thread; what it raises ends the reading.
+    """
+    count = len(drawn.indices)
+    images = np.empty((count, 2, resolution, resolution, 3), np.uint8)
 
     def read(i: int) -> tuple[str, float]:
-        pair = _checked(source.get(indices[i]), indices[i], resolution)
-        for side, (image, over) in enumerate(zip((pair.image_0, pair.image_1), flips[i], strict=True)):
+        watch()
+        pair = _checked(source.get(drawn.indices[i]), drawn.indices[i], resolution)
+        for side, (image, over) in enumerate(zip((pair.image_0, pair.image_1), drawn.flipped[i], strict=True)):
             images[i, side] = image[:, ::-1] if over else image
         return pair.prompt, pair.label
 
-    prompts, labels = zip(*read_rows(read, source.length, batch_size), strict=True)
-    return Batch(prompts, images, np.array(labels, np.float32))
+    told = read_rows(read, source.length, count)
+    return Batch(tuple(prompt for prompt, _ in told), images, np.array([label for _, label in told], np.float32))
+
+
+def winner_first(batch: Batch) -> Batch:
+    """The batch with the preferred picture of each pair first; its labels stay as they were."""
+    loses = batch.labels < 0.5
+    batch.images[loses] = batch.images[loses][:, ::-1]
+    return batch
+
+
+def recall_batch(
+    source: Pairs,
+    cache: Cache,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    resolution: int,
+    horizontal_flip: bool,
+    watch: Callable = nothing,
+) -> Remembered:
+    """`make_batch` of what a cache has of the pictures, the preferred ones first; the others are decoded."""
+    drawn = draw(source, batch_size=batch_size, seed=seed, epoch=epoch, horizontal_flip=horizontal_flip)
+    prompts, labels = zip(*in_threads(watched(source.told, watch), drawn.indices), strict=True)
+    labels = np.array(labels, np.float32)
+    sides = np.stack([labels < 0.5, labels >= 0.5], axis=1).astype(int)
+
+    def read(samples: Sequence[int]) -> UInt8[np.ndarray, "k 2 H W 3"]:
+        chosen = Drawn([drawn.indices[i] for i in samples], drawn.flipped[samples])
+        return winner_first(read_batch(source, chosen, resolution=resolution, watch=watch)).images
+
+    numbers = 2 * np.array(drawn.indices)[:, None] + sides
+    flipped = np.take_along_axis(drawn.flipped, sides, axis=1)
+    return Remembered(prompts, recall(cache, numbers, flipped, read, watch), labels)
 
 
 def save_round(
@@ -163,7 +242,11 @@ def _prepared(folder: Path, resolution: int) -> Pairs:
         )
         return Pair(prompt, image_0, image_1, label)
 
-    return Pairs(get, records.length)
+    def told(index: int) -> tuple[str, float]:
+        record = records.get(index)
+        return record.prompt, float(record.label)
+
+    return Pairs(get, records.length, told, lambda: identify(records.files))
 
 
 def _checked(pair: Any, index: int, resolution: int) -> Pair:

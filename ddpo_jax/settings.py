@@ -112,6 +112,8 @@ def check_read(config: ConfigDict) -> None:
         raise UserError(f"reward.shuffled: {name} learns from no reward; shuffle the labels of its data instead")
     if config.sample.window and not name.startswith("ddpo"):
         raise UserError(f"sample.window={config.sample.window}: only the ddpo algorithms know it, not {name}; set 0")
+    if config.data.cache and not from_data(name):
+        raise UserError(f"data.cache={config.data.cache!r}: {name} learns from no data set; set ''")
     if config.sample.shared_noise and name == "reward_backprop":
         raise UserError("sample.shared_noise: reward_backprop compares no pictures; set False")
 

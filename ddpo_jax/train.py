@@ -6,13 +6,14 @@ import itertools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax import checkpoint, experts, metrics, multihost, report
+from ddpo_jax.ahead import one_ahead
 from ddpo_jax.build import Run, build, init_state
 from ddpo_jax.clock import Clock, running_clock
 from ddpo_jax.diffusers_folder import check_target
@@ -76,7 +77,8 @@ def train(config: ConfigDict, workdir: Path, argv: Sequence[str], watch: Callabl
             ):
                 console.note(note)
             try:
-                state = loop(config, run, state, manager, console, writer, clock, workdir)
+                with one_ahead(run.draw, range(first, config.num_epochs)) as draw:
+                    state = loop(config, run, state, draw, manager, console, writer, clock, workdir)
             finally:
                 writer.close()
                 with clock.spend("report"):
@@ -98,13 +100,17 @@ def loop(
     config: ConfigDict,
     run: Run,
     state: TrainState,
+    draw: Callable[[], Any],
     manager,
     console: Console,
     writer: Writer,
     clock: Clock,
     workdir: Path,
 ) -> TrainState:
-    """The rounds that are left. Whatever stops them, the last whole round is saved."""
+    """The rounds that are left. Whatever stops them, the last whole round is saved.
+
+    draw: () -> the inputs of the next round.
+    """
     algorithm, frozen = run.algorithm, run.frozen
     update = make_update(algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay, layout=run.layout)
     previous = multihost.on_main(lambda: (metrics.read(workdir / "metrics.jsonl") or [{}])[-1])
@@ -128,8 +134,10 @@ def loop(
 
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
             key_collect, key_update = jax.random.split(key)
-            inputs = multihost.together(lambda epoch=epoch: run.draw(epoch))
+            with clock.spend("data"):
+                inputs = multihost.together(draw)
             batch, carry, report = algorithm.collect(state.params, frozen, inputs, state.carry, key_collect)
+            del inputs  # pictures of gigabytes, while those of the next round come in
             state, history = optimize(
                 update,
                 algorithm,

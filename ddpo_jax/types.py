@@ -36,13 +36,21 @@ class Condition(NamedTuple):
     time_ids: Float[Array, "b 6"] | None = None  # pixels: original height, width; crop top, left; target height, width
 
 
+class Posterior(NamedTuple):
+    """q(latent | picture), a diagonal Gaussian over latents as the autoencoder has them, before they are scaled."""
+
+    mean: Float[Any, "... h w c"]
+    log_variance: Float[Any, "... h w c"]
+
+
 class Model(NamedTuple):
     """Pure functions of a checkpoint; parameters are always passed in."""
 
     encode_text: Callable  # text params, tokens (b, s) -> cond, a pytree of (b, ...) arrays
     encode_empty: Callable  # text params, tokens of the empty prompt (1, s) -> the cond that guidance leads away from
     predict: Callable  # denoiser params, x_t, t (b,), cond -> (b, h, w, c) float32
-    encode: Callable  # vae params, images (b, H, W, 3) in [0, 1], keys (b,) -> x_0
+    encode: Callable  # vae params, images (b, H, W, 3) in [0, 1] -> Posterior, float32
+    sample_latent: Callable  # Posterior, keys (b,) -> x_0
     decode: Callable  # vae params, x_0 -> images (b, H, W, 3) float32 in [0, 1]
     process: Process
     latent_shape: tuple[int, int, int]
@@ -76,6 +84,18 @@ class Prompts(NamedTuple):
     tokens: Int[Any, "b s"]
     id: Int[Any, " b"]  # position in the prompt list; per-prompt statistics are kept under it
     metadata: tuple[Mapping[str, Any], ...]  # whatever the prompt source knows, such as questions and answers
+
+
+class Recalled(NamedTuple):
+    """A round's pictures, n a sample, as what the autoencoder made of them before.
+
+    Pictures are numbered one sample after another, from 0 to below b n.
+    """
+
+    posterior: Posterior  # numpy, (b, n, h, w, c); to be filled in where one is missing
+    missing: Int[Any, " m"]  # numbers of the pictures that are yet to be encoded
+    images: Callable  # numbers of pictures -> (m, H, W, 3) uint8
+    keep: Callable  # numbers of pictures, their Posterior -> None
 
 
 class Reward(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -96,9 +96,6 @@ def make_update(
 
     def apply(state: TrainState, total: Total) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         grads = jax.tree.map(lambda g: g / total.weight, total.grads)
-        norm = optax.tree.norm(grads)
-        # A norm that overflows would be clipped to a step of 0 and pass for a good one.
-        grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, jnp.nan), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # The average forgets the start sooner while it is young, as in diffusers' EMAModel and the ADM code.
@@ -107,7 +104,7 @@ def make_update(
         scalars = {name: value / defined for name, (value, defined) in total.mean.items()}
         scalars |= total.max | {
             "loss": total.loss / total.weight,
-            "grad_norm": norm,
+            "grad_norm": optax.tree.norm(grads),
             "skipped_in_a_row": opt_state.notfinite_count,
             "skipped_steps": opt_state.total_notfinite,
         }
@@ -208,10 +205,21 @@ def optimize(
     if algorithm.recompute:
         micro_batches = _first_seen(passes, schedule.micro_batch_size)
         batch = _recompute(update, algorithm, state.params, frozen, batch, micro_batches, key, phase)
-    history = []
+    history, unread = [], None
     # Only what is learned goes through the program: host arrays in it would compile a second one.
     learned = state._replace(epoch=None, carry=None, key=None)
     before = None
+
+    def read(scalars: Mapping[str, Float[Array, ""]]) -> None:
+        history.append({name: float(value) for name, value in jax.device_get(scalars).items()})
+        if len(history) == 1 and not history[0]["skipped_in_a_row"]:
+            check(history[0])
+        if history[-1]["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+            raise RunStopped(
+                f"{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite; the parameters were left as they were"
+                " before them. Lower train.learning_rate, or look at what the reward pushes to"
+            )
+
     with phase("update", sum(len(micro_batches) for one in passes for micro_batches in one)) as advance:
         for i, one in enumerate(passes):
             key_pass = jax.random.fold_in(key, i)
@@ -223,14 +231,11 @@ def optimize(
                     before = metrics
                     advance(1)
                 learned, scalars = update.apply(learned, total)
-                history.append({name: float(value) for name, value in scalars.items()})
-                if len(history) == 1 and not history[0]["skipped_in_a_row"]:
-                    check(history[0])
-                if history[-1]["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
-                    raise RunStopped(
-                        f"{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite; the parameters were left as they"
-                        " were before them. Lower train.learning_rate, or look at what the reward pushes to"
-                    )
+                if unread is not None:
+                    read(unread)  # of the step before: the devices have this one's work by now
+                unread = scalars
+        if unread is not None:
+            read(unread)
     return learned._replace(epoch=state.epoch, carry=state.carry, key=state.key), history
 
 

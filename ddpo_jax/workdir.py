@@ -28,6 +28,8 @@ MAY_DIFFER = (
     "reward.deadline",
     "reward.num_workers",
     "reward.max_missing",
+    "data.cache",
+    "data.cache_dtype",
 )
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 
 # As in the design; what it names no place for stands as far to the left as what it reads allows.
 ORDER = [
-    *("types", "errors", "words", "pictures", "plugins", "statistics", "workdir", "config", "command"),
+    *("types", "errors", "words", "pictures", "plugins", "statistics", "workdir", "config", "command", "ahead"),
     *(
         "multihost",
         "process",
@@ -28,7 +28,17 @@ ORDER = [
         "finetune",
         "optimizers",
     ),
-    *("rewards", "algorithms", "update", "data", "datasets", "image_text", "preferences", "picture_folder"),
+    *(
+        "rewards",
+        "algorithms",
+        "update",
+        "data",
+        "latent_cache",
+        "datasets",
+        "image_text",
+        "preferences",
+        "picture_folder",
+    ),
     *("bradley_terry", "metrics", "clock", "starts", "report", "checkpoint", "diffusers_folder", "fixed_noise"),
     *("methods", "settings", "build", "saved", "sampling", "scoring", "prompt_flags", "drawn", "findings"),
     *("export", "sample", "score", "evaluate", "pairs", "prepare", "fit_reward", "train", "main"),

@@ -184,6 +184,10 @@ def test_pairs_of_a_run_read_as_they_do_from_the_folder(tmp_path):
     assert skipped(tmp_path / "out") == []
     sources = [preferences.open_source(str(path), resolution=SIZE) for path in (folder, tmp_path / "out")]
     assert [source.length for source in sources] == [6, 6]
+    plain, prepared = ([source.told(i) for i in range(6)] for source in sources)
+    assert [prompt for prompt, _ in plain] == [prompt for prompt, _ in prepared]
+    np.testing.assert_allclose([label for _, label in plain], [label for _, label in prepared], rtol=1e-6)
+    assert sources[1].identity() == preferences.open_source(str(tmp_path / "out"), resolution=SIZE).identity()
     settings = {"batch_size": 4, "seed": 1, "resolution": SIZE, "horizontal_flip": True}
     for epoch in range(3):
         plain, prepared = (preferences.make_batch(source, epoch=epoch, **settings) for source in sources)
@@ -288,6 +292,8 @@ def test_captioned_pictures(tmp_path):
         image_text.make_batch(source, batch_size=7, seed=0, epoch=1, resolution=SIZE) for source in sources
     )
     assert plain[1] == prepared[1]
+    assert [[source.caption(i) for i in range(5)] for source in sources] == [[row["text"] for row in rows]] * 2
+    assert sources[0].identity() != sources[1].identity()
     np.testing.assert_array_equal(plain[0], prepared[0])
 
 

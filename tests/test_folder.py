@@ -302,7 +302,7 @@ def test_storing_kernels_in_the_compute_dtype_loses_nothing(tmp_path, family):
         return (
             cond,
             jax.jit(model.predict)(pretrained.denoiser, x_t, t, cond),
-            jax.jit(model.encode)(pretrained.vae, images, keys),
+            jax.jit(lambda *given: model.sample_latent(model.encode(*given), keys))(pretrained.vae, images),
             jax.jit(model.decode)(pretrained.vae, x_t),
         )
 

@@ -1,5 +1,6 @@
 """Several processes of one run: how they find each other, that they end as one does, and that none waits for ever."""
 
+import json
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 from small_run import SMALL, distance, equal
 
 from ddpo_jax import metrics, multihost
@@ -184,6 +186,46 @@ def test_a_reward_that_fails_on_one_process_stops_all(small_folder, test_cache, 
     statuses, outputs = Processes(test_cache, flags(small_folder, tmp_path / "run", **settings)).wait(2 * PATIENCE)
     assert statuses == [3, 3]
     assert all(cause in output for output in outputs)
+
+
+ROUNDS = """
+import sys
+import jax
+from small_run import silent, small_config
+from ddpo_jax import multihost
+from ddpo_jax.build import build
+multihost.initialize({})
+folder, source, cache = sys.argv[1:]
+data = {"data.source": source, "data.cache": cache, "data.batch_size": 8}
+changes = {"algorithm": "sft", "mesh.data": -1, "reward.name": "device:scorers:redness", **data}
+run = build(small_config(folder, **changes), silent)
+for epoch in (0, 1, 2, 0):
+    inputs = run.draw(epoch)
+    batch, _, _ = run.algorithm.collect(None, run.frozen, inputs, (), jax.random.key(epoch))
+    x_0 = multihost.to_host(batch.x_0)[:8].astype(float)
+    print("round", epoch, len(inputs[0].missing), abs(x_0).sum(), (x_0**3).sum(), flush=True)
+multihost.leave(0, seconds=60)
+"""
+
+
+def test_two_processes_fill_one_cache_of_latents(small_folder, test_cache, tmp_path):
+    """Each keeps what its own devices encoded; then all is there for both, and for one process alone."""
+    for i in range(9):
+        pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in range(9)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    arguments = [str(path) for path in (small_folder, tmp_path, tmp_path / "cache")]
+    told = []
+    for count in (2, 1):
+        statuses, outputs = Processes(test_cache, arguments, count=count, devices=1, program=("-c", ROUNDS)).wait(200)
+        assert set(statuses) == {0}, "\n".join(outputs)
+        told += [[line.split()[1:] for line in output.splitlines() if line[:5] == "round"] for output in outputs]
+    first, second, alone = told
+    assert first == second
+    missing = [[int(count) for _, count, *_ in rounds] for rounds in (first, alone)]
+    assert missing[0][0] == 8 and missing[0][2:] == [0, 0] and missing[1] == [0, 0, 0, 0]
+    assert [numbers for _, _, *numbers in alone] == [numbers for _, _, *numbers in first]
 
 
 def test_a_fault_of_one_process_alone_ends_all(small_folder, test_cache, tmp_path):

@@ -11,7 +11,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.finetune import full
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.sharding import one_device
-from ddpo_jax.types import Frozen, Gaussian, Model
+from ddpo_jax.types import Frozen, Gaussian, Model, Posterior
 
 SHAPE = (4, 4, 2)
 NUM_STEPS = 5
@@ -40,7 +40,8 @@ def make_model(predict=linear, **schedule):
         encode_text=encode_text,
         encode_empty=encode_text,
         predict=predict,
-        encode=lambda params, images, keys: images,
+        encode=lambda params, images: Posterior(images, jnp.zeros_like(images)),
+        sample_latent=lambda posterior, keys: posterior.mean,
         decode=lambda params, x_0: jax.nn.sigmoid(params * jnp.concatenate([x_0, x_0[..., :1]], axis=-1)),
         process=process.ddim(process.noise_schedule({**SCHEDULE, **schedule})),
         latent_shape=SHAPE,

@@ -24,7 +24,7 @@ from ddpo_jax.models.mlp import ScoreMLP
 from ddpo_jax.models.stable_diffusion import Pretrained, Source
 from ddpo_jax.models.tokenizer import load_tokenizer
 from ddpo_jax.tiny.tokenizer import VOCAB_SIZE
-from ddpo_jax.types import Model
+from ddpo_jax.types import Model, Posterior
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -82,9 +82,13 @@ def stand_in(folder):
         text = cond.mean(axis=1) @ params["attn2"]["to_k"]["kernel"]
         return x_t @ params["attn1"]["to_q"]["kernel"] + text[:, None, None, :]
 
-    def encode(params, images, keys):
+    def encode(params, images):
         corners = images[:, ::4, ::4]
-        return jnp.concatenate([corners, corners[..., :1]], axis=-1)
+        mean = jnp.concatenate([corners, corners[..., :1]], axis=-1)
+        return Posterior(mean, jnp.zeros_like(mean))
+
+    def sample_latent(posterior, keys):
+        return posterior.mean
 
     def decode(params, x_0):
         return jax.nn.sigmoid(jnp.repeat(jnp.repeat(x_0[..., :3], 4, axis=1), 4, axis=2))
@@ -94,7 +98,7 @@ def stand_in(folder):
     def encode_text(params, tokens):
         return params[tokens]
 
-    model = Model(encode_text, encode_text, predict, encode, decode, noise, LATENT)
+    model = Model(encode_text, encode_text, predict, encode, sample_latent, decode, noise, LATENT)
     denoiser = {"attn1": {"to_q": {"kernel": kernel(CHANNELS)}}, "attn2": {"to_k": {"kernel": kernel(CHANNELS)}}}
     tokenizers = (load_tokenizer(folder / "tokenizer"),)
     pretrained = Pretrained(kernel(VOCAB_SIZE), denoiser, {}, tokenizers, Source(folder, ""))

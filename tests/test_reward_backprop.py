@@ -31,7 +31,7 @@ def tiny_policy(guidance_scale=2.0):
         return x_t * 0.9 + hidden @ params["out"]
 
     noise = process.ddim(process.noise_schedule(SCHEDULER))
-    model = Model(None, None, predict, None, None, noise, LATENT)
+    model = Model(None, None, predict, None, None, None, noise, LATENT)
     return make_policy(model, num_steps=4, eta=1.0, guidance_scale=guidance_scale)
 
 

@@ -40,7 +40,7 @@ def collect(run, *, epoch):
 
 def test_a_batch_is_every_image_once(run, batch):
     images, prompts = run.draw(0)
-    assert images.shape == (12, 16, 16, 3) and prompts.texts[:3] == ("red", "green", "blue")
+    assert images.shape == (12, 1, 16, 16, 3) and prompts.texts[:3] == ("red", "green", "blue")
     assert batch.x_0.shape == (12, 4, 4, 4)
     slices = run.algorithm.slices(batch)
     assert slices.shape == (12, 2) and slices.all()
@@ -87,7 +87,7 @@ def test_a_folder_is_a_source(run, small_folder, tmp_path):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder_run = build(small_config(small_folder, **{**SFT, "data.source": str(tmp_path)}), silent)
     images, prompts = folder_run.draw(0)
-    assert images.shape == (12, 16, 16, 3)
+    assert images.shape == (12, 1, 16, 16, 3)
     assert sorted(prompts.texts) == sorted(4 * [row["text"] for row in rows])
     for image, text in zip(images, prompts.texts, strict=True):
         strongest = ("red", "green", "blue").index(text.split()[1])

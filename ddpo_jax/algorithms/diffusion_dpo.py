@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt8
 
 from ddpo_jax import losses, multihost, pairing
-from ddpo_jax.algorithms.encode import make_encoder
 from ddpo_jax.algorithms.judged import Judging, judged_rollouts
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.algorithms.regression import check_noise_draws, row_keys
 from ddpo_jax.errors import UserError
 from ddpo_jax.losses import PairErrors
 from ddpo_jax.process import choose
-from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree
+from ddpo_jax.types import Algorithm, Frozen, Metrics, Prompts, PyTree, Recalled
 
 
 class Pairs(NamedTuple):
@@ -52,9 +51,10 @@ class Carry(NamedTuple):
     reference: PyTree
 
 
-def offline(parts: Parts, *, objective: Objective, prompt_dropout: float) -> Algorithm:
+def offline(parts: Parts, *, objective: Objective, make_encoder: Callable, prompt_dropout: float) -> Algorithm:
     """Diffusion-DPO on pairs of a data set, against the pretrained model.
 
+    make_encoder: one of `encode`, by what a round's pictures come as, the winners first: (b, 2, H, W, 3), or Recalled.
     prompt_dropout: the fraction of pairs that train the unconditional branch; 0.2 is published.
     """
     encode = make_encoder(parts, prompt_dropout=prompt_dropout)
@@ -62,14 +62,12 @@ def offline(parts: Parts, *, objective: Objective, prompt_dropout: float) -> Alg
     def collect(
         trainable: PyTree,
         frozen: Frozen,
-        inputs: tuple[UInt8[np.ndarray, "b 2 H W 3"], Float32[np.ndarray, " b"], Prompts],
+        inputs: tuple[UInt8[np.ndarray, "b 2 H W 3"] | Recalled, Float32[np.ndarray, " b"], Prompts],
         carry: PyTree,
         key: Key[Array, ""],
     ) -> tuple[Pairs, PyTree, dict[str, float | int]]:
-        images, labels, prompts = inputs
-        first_loses = labels < 0.5
-        images[first_loses] = images[first_loses][:, ::-1]
-        cond, x_0 = encode(frozen, images, prompts.tokens, key)
+        pictures, labels, prompts = inputs
+        cond, x_0 = encode(frozen, pictures, prompts.tokens, key)
         sure = np.maximum(labels, 1 - labels)
         weight = (sure > 0.5).astype(np.float32)
         report = {

@@ -106,7 +106,7 @@ def chunks(count: int, *, size: int, num_shards: int) -> list[Int[np.ndarray, " 
     """
     num_calls = -(-count // (size * num_shards))
     index = np.arange(num_shards * num_calls * size).reshape(num_shards, num_calls, size)
-    return list(index.swapaxes(0, 1).reshape(num_calls, -1))
+    return list(index.swapaxes(0, 1).reshape(num_calls, num_shards * size))
 
 
 def in_order(made: Sequence[PyTree], calls: Sequence[Int[np.ndarray, " n"]], count: int, layout: Layout) -> PyTree:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Array, Key, UInt8
 
-from ddpo_jax.algorithms.encode import make_encoder
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.algorithms.regression import Weighted, make_regression
-from ddpo_jax.types import Algorithm, Frozen, Prompts, PyTree
+from ddpo_jax.types import Algorithm, Frozen, Prompts, PyTree, Recalled
 
 
-def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorithm:
+def sft(parts: Parts, *, make_encoder: Callable, prompt_dropout: float, num_noise_draws: int) -> Algorithm:
     """Denoising regression. Each picture is encoded once a round and regressed on at `num_noise_draws` (t, ε).
 
+    make_encoder: one of `encode`, by what a round's pictures come as: (b, 1, H, W, 3), or Recalled.
     prompt_dropout: the fraction of pictures that train the unconditional branch, for guidance.
     """
     encode = make_encoder(parts, prompt_dropout=prompt_dropout)
@@ -22,14 +24,14 @@ def sft(parts: Parts, *, prompt_dropout: float, num_noise_draws: int) -> Algorit
     def collect(
         trainable: PyTree,
         frozen: Frozen,
-        inputs: tuple[UInt8[np.ndarray, "b H W 3"], Prompts],
+        inputs: tuple[UInt8[np.ndarray, "b 1 H W 3"] | Recalled, Prompts],
         carry: PyTree,
         key: Key[Array, ""],
     ) -> tuple[Weighted, PyTree, dict[str, float | int]]:
-        images, prompts = inputs
-        cond, x_0 = encode(frozen, images[:, None], prompts.tokens, key)
+        pictures, prompts = inputs
+        cond, x_0 = encode(frozen, pictures, prompts.tokens, key)
         report = {"captions/cut": float(sum(entry["cut"] for entry in prompts.metadata))}
-        return Weighted(cond, x_0[:, 0], np.ones(len(images), np.float32)), carry, report
+        return Weighted(cond, x_0[:, 0], np.ones(len(prompts.texts), np.float32)), carry, report
 
     return Algorithm(
         init=lambda trainable: (),

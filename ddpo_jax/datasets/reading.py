@@ -16,6 +16,7 @@ class Prepared(NamedTuple):
 
     get: Callable  # index -> Preference or Captioned
     length: int
+    files: tuple[Path, ...]  # that hold them, in their order
 
 
 def is_prepared(folder: Path) -> bool:
@@ -43,7 +44,8 @@ def open_prepared(folder: Path, kind: str) -> Prepared:
     except ImportError as error:
         raise missing_extra(error) from None
     builder = open_builder(folder, kind)
-    absent = [Path(path).name for path in builder.info.splits[SPLIT].filepaths if not Path(path).is_file()]
+    files = tuple(map(Path, builder.info.splits[SPLIT].filepaths))
+    absent = [path.name for path in files if not path.is_file()]
     if absent:
         raise UserError(f"data.source={str(folder)!r}: {len(absent)} shards are not there, such as {absent[0]}")
     decoders = dict.fromkeys(IMAGES[kind], tfds.decode.SkipDecoding())
@@ -57,7 +59,7 @@ def open_prepared(folder: Path, kind: str) -> Prepared:
             raise UserError(f"data.source={str(folder)!r}, index {index}: a broken shard ({error})") from None
         return record(**{name: _text(fields[name], name, kind) for name in record._fields})
 
-    return Prepared(get, len(records))
+    return Prepared(get, len(records), files)
 
 
 def _text(value: Any, name: str, kind: str) -> Any:

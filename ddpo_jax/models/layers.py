@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ddpo_jax.errors import UserError
+
 Dtype = DTypeLike
+
+# How attention is computed: by XLA with all products of queries and keys at once, the same for some queries at a time,
+# or by cuDNN's fused kernel.
+KERNELS = ("xla", "chunked", "cudnn")
+CUDNN_WIDTH = 128  # of a head, at most, and a multiple of 8
+CHUNK_PRODUCTS = 2**23  # of one sample's queries and keys in all heads that are held at a time
 
 
 def activation(name: str):
@@ -42,14 +52,66 @@ def attend(
     *,
     num_heads: int,
     mask: Bool[Array, "#b 1 #q k"] | None = None,
+    kernel: str = "xla",
 ) -> Float[Array, "b q d"]:
-    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32 at least."""
+    """Multi-head scaled dot-product attention; products of queries and keys, and the softmax, in float32 at least.
+
+    kernel: one of KERNELS; where a head's width does not fit cuDNN's, XLA's all the same.
+    """
+    width = query.shape[-1] // num_heads
+    fits = kernel == "cudnn" and width % 8 == 0 and width <= CUDNN_WIDTH
 
     def split(x):
-        return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+        return x.reshape(*x.shape[:-1], num_heads, width)
 
-    attention = _attention_float64 if query.dtype == jnp.float64 else jax.nn.dot_product_attention
+    if query.dtype == jnp.float64:
+        attention = _attention_float64
+    elif kernel == "chunked" and mask is None:
+        attention = _attention_chunked
+    else:
+        attention = partial(jax.nn.dot_product_attention, implementation="cudnn" if fits else "xla")
     return attention(split(query), split(key), split(value), mask=mask).reshape(query.shape)
+
+
+def _attention_chunked(
+    query: Float[Array, "b q n e"], key: Float[Array, "b k n e"], value: Float[Array, "b k n e"], *, mask: None
+) -> Float[Array, "b q n e"]:
+    """The same, a chunk of queries after the other; each is computed again for its gradient (Rabe & Staats 2021)."""
+    length, heads = query.shape[1:3]
+    most = max(1, CHUNK_PRODUCTS // (heads * key.shape[1]))
+    size = max(size for size in range(1, min(most, length) + 1) if length % size == 0)
+    # Their gradients are sums over the chunks: in float32.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    @jax.checkpoint
+    def attended(some: Float[Array, "b c n e"]) -> Float[Array, "b c n e"]:
+        own = (x.astype(query.dtype) for x in wide)
+        return jax.nn.dot_product_attention(some, *own, implementation="xla")
+
+    if size == length:
+        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+    chunks = jnp.moveaxis(query.reshape(len(query), -1, size, *query.shape[2:]), 1, 0)
+    return jnp.moveaxis(jax.lax.map(attended, chunks), 0, 1).reshape(query.shape)
+
+
+def choose_kernel(name: str, *, dtype: Dtype) -> str:
+    """The kernel of the denoiser's attention: `name`, or for "auto" the best that this machine and dtype have.
+
+    Raises:
+        UserError: it is none of them, or cannot be had here.
+    """
+    if name not in ("auto", *KERNELS):
+        raise UserError(f"attention={name!r}: expected 'auto', {', '.join(map(repr, KERNELS))}")
+    platform = jax.default_backend()
+    fused = platform == "gpu" and jnp.dtype(dtype).itemsize == 2
+    if name == "cudnn" and not fused:
+        raise UserError(
+            f"attention='cudnn' in {jnp.dtype(dtype).name} on {platform}: expected an NVIDIA GPU and"
+            " compute_dtype=bfloat16; set 'auto'"
+        )
+    if name != "auto":
+        return name
+    return "cudnn" if fused else "xla" if platform == "cpu" else "chunked"
 
 
 def _attention_float64(
@@ -106,6 +168,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: Dtype = jnp.float32
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None) -> Float[Array, "b q d"]:
@@ -114,7 +177,7 @@ class Attention(nn.Module):
         query = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
         key = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
         value = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
-        out = attend(query, key, value, num_heads=self.num_heads)
+        out = attend(query, key, value, num_heads=self.num_heads, kernel=self.kernel)
         return nn.Dense(width, dtype=self.dtype, name="to_out_0")(out)
 
 
@@ -146,11 +209,15 @@ class TransformerBlock(nn.Module):
 
     num_heads: int
     dtype: Dtype = jnp.float32
+    kernel: str = "xla"  # of attention
 
     @nn.compact
     def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"]) -> Float[Array, "b q d"]:
-        x = x + Attention(self.num_heads, self.dtype, name="attn1")(layer_norm(1e-5, self.dtype, "norm1")(x))
-        x = x + Attention(self.num_heads, self.dtype, name="attn2")(layer_norm(1e-5, self.dtype, "norm2")(x), context)
+        def attention(name: str) -> Attention:
+            return Attention(self.num_heads, self.dtype, self.kernel, name=name)
+
+        x = x + attention("attn1")(layer_norm(1e-5, self.dtype, "norm1")(x))
+        x = x + attention("attn2")(layer_norm(1e-5, self.dtype, "norm2")(x), context)
         return x + FeedForward(self.dtype, name="ff")(layer_norm(1e-5, self.dtype, "norm3")(x))
 
 
@@ -166,6 +233,7 @@ class SpatialTransformer(nn.Module):
     linear_projection: bool = False
     dtype: Dtype = jnp.float32
     remat: bool = False  # recompute each transformer block in the backward pass
+    kernel: str = "xla"  # of attention
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
@@ -180,5 +248,5 @@ class SpatialTransformer(nn.Module):
         hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)
         for i in range(self.num_blocks):
-            hidden = block(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
+            hidden = block(self.num_heads, self.dtype, self.kernel, name=f"transformer_blocks_{i}")(hidden, context)
         return x + project("proj_out")(hidden.reshape(x.shape))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ from ddpo_jax.models.folder import (
     read_weights,
     weight_files,
 )
+from ddpo_jax.models.layers import choose_kernel
 from ddpo_jax.models.locate import locate_pipeline
 from ddpo_jax.models.pipeline import Configs, read_configs, read_schedule, read_tokenizers
 from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.models.unet import NUM_TIME_IDS, REMAT, UNet2DConditionModel
 from ddpo_jax.models.vae import AutoencoderKL
 from ddpo_jax.sharding import first_device
-from ddpo_jax.types import Condition, Frozen, Model, PyTree
+from ddpo_jax.types import Condition, Frozen, Model, Posterior, PyTree
 
 TEXT_PREFIX = "text_model."  # transformers 4 writes it everywhere, transformers 5 only beside a projection
 
@@ -60,6 +62,7 @@ def load(
     dtype: DTypeLike,
     resolution: int | None = None,
     remat: str = "none",
+    attention: str = "auto",
     variant: str = "",
     revision: str = "",
     exact: Callable[[str], bool] = nothing,
@@ -70,6 +73,7 @@ def load(
     dtype: what the networks compute in. The VAE computes in float32 where its config asks for it (`force_upcast`).
     resolution: pixels, one side; the folder's own if None.
     remat: what the denoiser's backward pass keeps, one of unet.REMAT.
+    attention: the kernel of the denoiser's attention, one of layers.KERNELS, or "auto".
     variant: of the weights, such as "fp16".  revision: of a hub id.
     exact: the denoiser's parameters, by path, that are stored in float32 whatever `dtype` is.
     place: tree of shapes -> tree of shardings; the first device by default.
@@ -82,7 +86,8 @@ def load(
     folder = locate_pipeline(model, variant=variant, revision=revision)
     configs = read_configs(folder)
     noise = process.ddim(read_schedule(folder, configs.pipeline))
-    functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat)
+    kernel = choose_kernel(attention, dtype=dtype)
+    functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat, kernel=kernel)
     tokenizers = read_tokenizers(folder, configs)
     like = stored(configs, dtype, exact=exact)
     files = {part: weight_files(folder / part, STEMS[part], variant) for part in like}
@@ -114,17 +119,36 @@ def read_denoiser(source: Source) -> PyTree:
     return read_weights(weight_files(source.folder / "unet", STEMS["unet"], source.variant), shapes, place=None)
 
 
+def identify_encoder(source: Source, dtype: DTypeLike) -> dict[str, Any]:
+    """What tells this model's VAE, computing in `dtype`, from another, as JSON values."""
+    configs, content = read_configs(source.folder), hashlib.sha256()
+    for path in weight_files(source.folder / "vae", STEMS["vae"], source.variant):
+        with path.open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    return {
+        "vae": content.hexdigest(),
+        "vae config": str(configs.vae),
+        "compute_dtype": jnp.dtype(vae_dtype(configs, dtype)).name,
+    }
+
+
 def denoiser_shapes(source: Source) -> PyTree:
     """The denoiser's parameters, as float32 shapes."""
     return parameter_shapes(read_configs(source.folder))["unet"]
 
 
 def make_model(
-    configs: Configs, noise: process.Process, *, dtype: DTypeLike, resolution: int | None, remat: str = "none"
+    configs: Configs,
+    noise: process.Process,
+    *,
+    dtype: DTypeLike,
+    resolution: int | None,
+    remat: str = "none",
+    kernel: str = "xla",
 ) -> Model:
-    """The pure functions of a Stable Diffusion with these configurations."""
+    """The pure functions of a Stable Diffusion with these configurations. kernel: of the denoiser's attention."""
     encoders = {part: CLIPTextModel(config, dtype) for part, config in configs.text.items()}
-    unet = UNet2DConditionModel(configs.unet, dtype, remat)
+    unet = UNet2DConditionModel(configs.unet, dtype, remat, kernel)
     vae = AutoencoderKL(configs.vae, vae_dtype(configs, dtype))
     scale = configs.vae.scaling_factor
     shape = latent_shape(configs, resolution)
@@ -154,16 +178,18 @@ def make_model(
     ) -> Float[Array, "b h w c"]:
         return unet.apply({"params": params}, x_t, t, *cond).astype(jnp.float32)
 
-    def encode(params: PyTree, images: Float[Array, "b H W 3"], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
-        mean, log_variance = vae.apply({"params": params}, 2.0 * images - 1.0, method="encode")
-        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        return scale * (mean + jnp.exp(0.5 * log_variance) * eps)
+    def encode(params: PyTree, images: Float[Array, "b H W 3"]) -> Posterior:
+        return Posterior(*vae.apply({"params": params}, 2.0 * images - 1.0, method="encode"))
+
+    def sample_latent(posterior: Posterior, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
+        eps = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
+        return scale * (posterior.mean + jnp.exp(0.5 * posterior.log_variance) * eps)
 
     def decode(params: PyTree, x_0: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         pixels = vae.apply({"params": params}, x_0 / scale, method="decode")
         return jnp.clip(0.5 * pixels + 0.5, 0.0, 1.0)
 
-    return Model(encode_text, encode_empty, predict, encode, decode, noise, shape)
+    return Model(encode_text, encode_empty, predict, encode, sample_latent, decode, noise, shape)
 
 
 def latent_shape(configs: Configs, resolution: int | None) -> tuple[int, int, int]:

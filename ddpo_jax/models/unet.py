@@ -182,6 +182,7 @@ class BlockConfig(NamedTuple):
     num_groups: int
     epsilon: float
     remat: bool  # recompute each layer in the backward pass
+    kernel: str  # of attention
 
 
 def _resnet(config: BlockConfig, dtype: Dtype, i: int) -> nn.Module:
@@ -197,6 +198,7 @@ def _transformer(config: BlockConfig, dtype: Dtype, i: int) -> nn.Module:
         config.linear_projection,
         dtype,
         config.remat,
+        config.kernel,
         name=f"attentions_{i}",
     )
 
@@ -269,6 +271,7 @@ class UNet2DConditionModel(nn.Module):
     # Of each block the backward pass keeps all ("none"), the outputs of its products with weights ("products") or its
     # inputs alone ("blocks"); "full" computes the layers inside a block one by one too, a second time.
     remat: str = "none"
+    kernel: str = "xla"  # of attention
 
     @nn.compact
     def __call__(
@@ -296,6 +299,7 @@ class UNet2DConditionModel(nn.Module):
                 num_groups=config.num_groups,
                 epsilon=config.epsilon,
                 remat=self.remat == "full",
+                kernel=self.kernel,
             )
 
         time_embedding = TimestepMLP(4 * channels[0], dtype, name="time_embedding")(

@@ -25,6 +25,7 @@ from ddpo_jax.sharding import one_device
 from ddpo_jax.tiny import judge
 from ddpo_jax.tiny.pictures import write_sheet
 from ddpo_jax.tiny.render import ANIMALS, PROMPTS
+from ddpo_jax.types import PyTree
 
 NUM_SAMPLES = 8  # of each animal
 NUM_STEPS = 20
@@ -62,7 +63,11 @@ def reconstruct(source: str, images: Float32[np.ndarray, "b H W 3"]) -> Float32[
     """The pictures once they went through the VAE of a model: encoded, drawn from the posterior, decoded."""
     model, pretrained = stable_diffusion.load(source, dtype=jnp.float32)
     keys = sample_keys(jax.random.key(1), np.arange(len(images)))
-    through = jax.jit(lambda params, images: model.decode(params, model.encode(params, images, keys)))
+
+    @jax.jit
+    def through(params: PyTree, images: Float32[Array, "b H W 3"]) -> Float32[Array, "b H W 3"]:
+        return model.decode(params, model.sample_latent(model.encode(params, images), keys))
+
     return np.asarray(through(pretrained.vae, images))
 
 

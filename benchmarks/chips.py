@@ -1,6 +1,7 @@
-"""An NVIDIA H100 to compile for, on a machine without one: XLA needs to know the chip, not to have it.
+"""Chips to compile for, on a machine without them: XLA needs to know the chip, not to have it.
 
-pip install --no-deps jax-cuda12-plugin==$(pip show jax | sed -n 's/^Version: //p') jax-cuda12-pjrt==(the same)
+An H100: pip install --no-deps jax-cuda12-plugin==$(pip show jax | sed -n 's/^Version: //p') jax-cuda12-pjrt==(the same)
+A TPU: pip install 'jax[tpu]', the same JAX
 """
 
 from __future__ import annotations
@@ -33,18 +34,23 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def h100() -> SingleDeviceSharding:
-    """Where abstract arrays are, for a program that is lowered and compiled for an H100, and never run.
+def on_chip(name: str) -> SingleDeviceSharding:
+    """Where abstract arrays are, for a program that is lowered and compiled for this chip, and never run.
+
+    name: "h100", or a TPU's generation, such as "v5e".
 
     Raises:
-        RuntimeError: JAX's CUDA plugin is not installed; the message says how.
+        RuntimeError: JAX's plugin for it is not installed; the message says how.
     """
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # it tells of the driver that is not there
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no machine is to be asked for which TPU it has
+    cuda = f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
     try:
-        topology = topologies.get_topology_desc("h100", platform="cuda", topology="1x1x1", target_config=H100)
+        if name == "h100":
+            topology = topologies.get_topology_desc(name, platform="cuda", topology="1x1x1", target_config=H100)
+        else:
+            topology = topologies.get_topology_desc(f"{name}:2x2", platform="tpu")
     except Exception as error:  # the plugin's absence has no type of its own
-        raise RuntimeError(
-            f"JAX's CUDA plugin is needed ({error}): pip install --no-deps jax-cuda12-plugin=={jax.__version__}"
-            f" jax-cuda12-pjrt=={jax.__version__}"
-        ) from error
+        wanted = cuda if name == "h100" else f"pip install 'jax[tpu]=={jax.__version__}'"
+        raise RuntimeError(f"JAX's plugin for {name} is needed ({error}): {wanted}") from error
     return SingleDeviceSharding(topology.devices[0])

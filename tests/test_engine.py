@@ -1,0 +1,161 @@
+"""What keeps the devices busy: nothing is read from them inside a phase, nothing is compiled after the first round."""
+
+import threading
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import SMALL, learn, silent, small_config
+
+from ddpo_jax import train
+from ddpo_jax.build import build, init_state
+from ddpo_jax.clock import COMPILE
+from ddpo_jax.errors import UserError
+from ddpo_jax.main import main
+from ddpo_jax.models import layers
+from ddpo_jax.models.layers import attend, choose_kernel
+from ddpo_jax.types import Algorithm, Frozen, Metrics, TrainState
+from ddpo_jax.update import Update, make_update
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """A phase in which the main thread may read arrays by jax.device_get alone.
+
+    JAX's own guard sees all of it on an accelerator, and nothing on CPU, whose arrays lie in the host's memory: there
+    this sees numbers and lists that are made of an array, though not np.asarray.
+    """
+    inside, kind = [], type(jnp.zeros(1))
+    value, device_get = kind._value, jax.device_get
+
+    def watched(array):
+        assert not inside or threading.current_thread() is not threading.main_thread(), "an array was read in a phase"
+        return value.fget(array)
+
+    def explicit(tree):
+        outside, inside[:] = inside[:], []
+        try:
+            return device_get(tree)
+        finally:
+            inside[:] = outside
+
+    @contextmanager
+    def phase(name, total):
+        inside.append(name)
+        try:
+            with jax.transfer_guard_device_to_host("disallow"):
+                yield lambda count: None
+        finally:
+            inside.clear()
+
+    monkeypatch.setattr(kind, "_value", property(watched))
+    monkeypatch.setattr(jax, "device_get", explicit)
+    return phase
+
+
+@pytest.mark.parametrize("read", [float, int, bool, lambda x: x.tolist()])
+def test_the_guard_sees_what_is_read(unread, read):
+    array = jnp.ones(())
+    with pytest.raises(AssertionError, match="read in a phase"), unread("update", 1):
+        read(array + 1)
+    with unread("update", 1):
+        assert jax.device_get(array + 1) == 2
+    assert read(array + 1)
+
+
+def test_a_round_reads_nothing_inside_its_phases(small_folder, unread):
+    """Compiled in a round before, as compiling reads constants. The pictures are read by the scorers' threads."""
+    phases = [silent]
+    run = build(small_config(small_folder, **{"sample.chunk_size": 4}), lambda *told: phases[-1](*told))
+    state = init_state(run, seed=0, ema=False)
+    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0, layout=run.layout)
+    for phase in (silent, unread):
+        phases.append(phase)
+        batch, _, _ = run.algorithm.collect(state.params, run.frozen, run.draw(0), state.carry, jax.random.key(1))
+        state, history = learn(update, run.algorithm, state, run.frozen, batch, phase=phase)
+        assert [scalars["skipped_in_a_row"] for scalars in history] == [0, 0]
+
+
+def test_scalars_are_read_once_the_next_step_is_under_way(monkeypatch):
+    told, device_get = [], jax.device_get
+
+    def tell(name, result):
+        told.append(name)
+        return result
+
+    def apply(state, total):
+        number = told.count("apply")
+        return tell("apply", (state, {"skipped_in_a_row": jnp.zeros(()), "number": jnp.float32(number)}))
+
+    update = Update(
+        zero=lambda *inputs: 0,
+        accumulate=lambda *inputs: tell("accumulate", (0, Metrics({}, {}))),
+        apply=apply,
+    )
+    monkeypatch.setattr(jax, "device_get", lambda tree: tell("read", device_get(tree)))
+    algorithm = Algorithm(*[None] * len(Algorithm._fields))._replace(slices=lambda batch: np.ones((3, 8), bool))
+    state = TrainState(*[None] * len(TrainState._fields))
+    _, history = learn(update, algorithm, state, Frozen(*[None] * 5), None, num_updates=3)
+    step = ["accumulate", "apply"]
+    assert told == [*step, *step, "read", *step, "read", "read"]
+    assert [scalars["number"] for scalars in history] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"algorithm": "online_dpo", "sample.num_samples_per_prompt": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_compiled_after_the_first_round(small_folder, tmp_path, monkeypatch, changes):
+    compiled, rounds, summarize = [], [], train.summarize
+
+    def listen(event, seconds, **_):
+        if event == COMPILE:
+            compiled.append(event)
+
+    def count(*inputs):
+        rounds.append(len(compiled))
+        return summarize(*inputs)
+
+    settings = {"num_epochs": 3, "checkpoint_every": 1, "pretrained.model": small_folder, **SMALL, **changes}
+    monkeypatch.setattr(train, "summarize", count)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        flags = [f"--config.{name}={value}" for name, value in settings.items()]
+        assert main(["--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *flags]) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert rounds[0] > 0 and rounds == [rounds[0]] * 3
+
+
+@pytest.mark.parametrize(("queries", "keys", "limit"), [(12, 12, 40), (12, 7, 10), (7, 12, 1), (7, 12, 10**6)])
+def test_attention_by_chunks_is_attention(monkeypatch, queries, keys, limit):
+    """Values and gradients; whatever chunks the queries can be cut into."""
+    monkeypatch.setattr(layers, "CHUNK_PRODUCTS", limit)
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, n, 16)), jnp.float32) for n in (queries, keys, keys, queries))
+
+    def total(kernel):
+        return jax.jit(
+            jax.value_and_grad(lambda q, k, v: jnp.sum(weight * attend(q, k, v, num_heads=2, kernel=kernel)), (0, 1, 2))
+        )(q, k, v)
+
+    for found, expected in zip(*map(jax.tree.leaves, (total("chunked"), total("xla"))), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_kernels():
+    """Which there is follows from the machine and the dtype; which is taken, from a head's width."""
+    assert choose_kernel("auto", dtype=jnp.bfloat16) == choose_kernel("xla", dtype=jnp.float32) == "xla"
+    for name, message in {"cudnn": "bfloat16 on cpu: expected an NVIDIA GPU", "flash": "expected 'auto'"}.items():
+        with pytest.raises(UserError, match=message):
+            choose_kernel(name, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 320))
+    narrow, wide = 8, 2  # heads of 40, and of 160
+    np.testing.assert_array_equal(attend(x, x, x, num_heads=wide, kernel="cudnn"), attend(x, x, x, num_heads=wide))
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        attend(x, x, x, num_heads=narrow, kernel="cudnn")
