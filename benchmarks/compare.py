@@ -11,7 +11,6 @@ was trained before is not trained again, and the order is seed by seed, so that 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.trainings import band, save, spread, train
 from ddpo_jax.report import told
-from ddpo_jax.report.told import Told, digits, signed
+from ddpo_jax.report.told import Told, signed
 
 COLORS = {
     "ddpo_is": "#2a78d6",
@@ -63,19 +63,10 @@ def jobs_of(
             yield from (Job(method, kind, seed) for method in methods if kind != "uniform" or method == "rwr")
 
 
-def train(job: Job, workdir: Path, overrides: Sequence[str]) -> int:
-    """The exit status of the training, which does nothing if it is finished; its output goes to a file."""
-    command = [
-        *(sys.executable, "-m", "ddpo_jax.main", f"--config=configs/compare/{job.method}.py"),
-        *(f"--workdir={workdir / job.name}", f"--config.seed={job.seed}", *CONTROLS.get(job.kind, ()), *overrides),
-    ]
-    if (workdir / job.name / "export").is_dir() and not overrides:
-        return 0
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / f"{job.name}.log").open("w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    print(f"{job.name}: {'done' if not status else f'failed with status {status}, see its .log'}", file=sys.stderr)
-    return status
+def train_one(job: Job, workdir: Path, overrides: Sequence[str]) -> int:
+    """The exit status of a job's training."""
+    settings = [f"--config.seed={job.seed}", *CONTROLS.get(job.kind, ())]
+    return train(f"configs/compare/{job.method}.py", workdir / job.name, settings, overrides)
 
 
 def queries(run: Told) -> int:
@@ -89,12 +80,6 @@ def table(runs: Mapping[Job, Told]) -> list[str]:
         "| method | reward | gain, σ | control's gain, σ | kB of the file | recognised |",
         "|---|---|---|---|---|---|",
     ]
-
-    def spread(values: Sequence[float], write=digits) -> str:
-        if not len(values):
-            return "–"
-        told = write(float(np.mean(values)))
-        return told if len(values) == 1 else f"{told} ({write(min(values))} to {write(max(values))})"
 
     for method in dict.fromkeys(job.method for job in runs):
         own = {
@@ -145,8 +130,7 @@ def draw(path: Path, runs: Mapping[Job, Told]) -> None:
     figure.axes[0].plot([], [], color="#555", linestyle=":", label="controls")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=7)
     figure.axes[0].set_ylabel("held-out prompts, fixed noise")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    save(figure, path)
 
 
 def curve(axes: Axes, key: str, found: Sequence[Told], *, color: str, label: str | None, linestyle: str = "-") -> None:
@@ -156,9 +140,7 @@ def curve(axes: Axes, key: str, found: Sequence[Told], *, color: str, label: str
     count = min(map(len, rows))
     x = [row["epoch"] * queries(found[0]) for row in rows[0][:count]]
     y = np.array([told.column(one[:count], key) for one in rows])
-    axes.plot(x, y.mean(axis=0), linestyle, color=color, label=label, linewidth=1.8 if linestyle == "-" else 1.2)
-    if linestyle == "-":
-        axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    band(axes, x, y, color=color, label=label, linestyle=linestyle)
 
 
 def main() -> None:
@@ -177,7 +159,7 @@ def main() -> None:
     )
     jobs = list(jobs_of(methods, seeds, controls, control_seeds))
     with ThreadPoolExecutor(flags.jobs) as pool:
-        statuses = list(pool.map(lambda job: train(job, flags.workdir, overrides), jobs))
+        statuses = list(pool.map(lambda job: train_one(job, flags.workdir, overrides), jobs))
     runs = {job: told.read(flags.workdir / job.name) for job, status in zip(jobs, statuses, strict=True) if not status}
     for line in table(runs):
         print(line)

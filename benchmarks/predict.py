@@ -102,7 +102,7 @@ def cut(config: ConfigDict, mesh: Mesh, *, recomputes: bool) -> Round:
     schedule = settings.schedule(config, num_shards=mesh.num_shards)
     chunk_size = settings.chunk_size(config, num_shards=mesh.num_shards)
     samples = method_of(config).drawn(config)
-    taken = max(1, round(config.sample.num_steps * schedule.timestep_fraction))
+    taken = max(1, round(method_of(config).slices(config) * schedule.timestep_fraction))
     micro_batches = -(-(-(-samples // schedule.num_updates) * taken) // schedule.micro_batch_size)
     return Round(
         rows={"sample": chunk_size, "accumulate": schedule.micro_batch_size // mesh.num_shards, "apply": 1},

@@ -89,6 +89,13 @@ def get_config() -> ConfigDict:
     # With few steps the noise at the start decides most of a picture, and no step has earned that. It takes at least 2
     # pictures a prompt, better 4 or more (of 2 one is always +1, the other -1), and a buffer_size of 0 below.
     sample.shared_noise = False
+    # Of DDPO: denoising steps in a row that are taken with noise and learned from; all others are deterministic (eta 0)
+    # and cost the update nothing (MixGRPO, Flow-GRPO-Fast). 0: all are noisy, as published. Evaluations draw with noise
+    # at every step whatever it is, so that they can be compared.
+    sample.window = 0
+    # The first of them, counted from 0, or -1: drawn anew in each round, among those that leave all of the window above
+    # min_timestep. An early one decides more of a picture.
+    sample.window_start = -1
     # Pictures (pairs, where diffusion_dpo encodes them) a program call and device, at most. Larger is faster until
     # memory is full.
     sample.chunk_size = 8

@@ -29,6 +29,7 @@ from ddpo_jax.process import choose
 from ddpo_jax.sharding import Layout, first_device, make_layout
 from ddpo_jax.types import Algorithm, Finetune, Frozen, Model, Prompts, PyTree, TrainState
 from ddpo_jax.update import Schedule
+from ddpo_jax.window import ANEW
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -200,6 +201,13 @@ def describe(config: ConfigDict, model: Model, layout: Layout, schedule: Schedul
         lines.append(
             f"{config.sample.num_prompts} draws an epoch; the {config.sample.num_samples_per_prompt} pictures of a draw"
             " start from the same noise"
+        )
+    if config.sample.window:
+        first = config.sample.window_start
+        begins = "drawn anew in each epoch" if first == ANEW else f"step {first}"
+        lines.append(
+            f"{config.sample.window} of {config.sample.num_steps} denoising steps are noisy and learned from; the first"
+            f" is {begins}"
         )
     if config.algorithm == "ddpo_is" and config.sample.log_prob_reduction == "mean":
         size = int(np.prod(model.latent_shape))

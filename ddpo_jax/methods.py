@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from ddpo_jax import advantages, data, image_text, preferences
+from ddpo_jax import advantages, data, image_text, preferences, window
 from ddpo_jax.algorithms.ddpo import Scoring
 from ddpo_jax.algorithms.diffusion_dpo import Objective
 from ddpo_jax.algorithms.encode import make_encoder, make_recalling_encoder
@@ -91,6 +91,12 @@ def ddpo(config: ConfigDict, loaded: Loaded) -> tuple[Callable, dict[str, Any]]:
         "kl_weight": config.train.kl_weight,
         "kl_budget": config.train.kl_budget,
         "min_timestep": config.train.min_timestep,
+        "window": window.make(
+            loaded.timesteps,
+            size=config.sample.window,
+            start=config.sample.window_start,
+            min_timestep=config.train.min_timestep,
+        ),
     }
     return prompts_of(config, loaded), settings
 
@@ -259,7 +265,7 @@ def _data(config: ConfigDict) -> int:
 
 
 def _steps(config: ConfigDict) -> int:
-    return config.sample.num_steps
+    return config.sample.window or config.sample.num_steps
 
 
 def _noise_draws(config: ConfigDict) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpo_jax import losses, process
 from ddpo_jax.errors import UserError
@@ -43,8 +43,15 @@ def make_policy(
         t_next: Float[Array, " b"],
         cond: PyTree,
         uncond: PyTree,
+        noisy: Bool[Array, ""] | None = None,
     ) -> Gaussian:
-        return model.process.transition(predict(params, x_t, t, cond, uncond), x_t, t, t_next, eta=eta)
+        """p(x_next | x_t), of this policy's eta, or of eta 0 where not `noisy`."""
+        prediction = predict(params, x_t, t, cond, uncond)
+        p = model.process.transition(prediction, x_t, t, t_next, eta=eta)
+        if noisy is None:
+            return p
+        still = model.process.transition(prediction, x_t, t, t_next, eta=0.0)
+        return jax.tree.map(lambda drawn, kept: jnp.where(noisy, drawn, kept), p, still)
 
     def log_prob(step: Gaussian, x_next: Float[Array, "b h w c"]) -> Float[Array, " b"]:
         return process.log_prob(step, x_next, reduce=log_prob_reduction)
@@ -56,22 +63,28 @@ def make_policy(
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), model.latent_shape))(keys)
 
     def rollout(
-        params: PyTree, cond: PyTree, uncond: PyTree, keys: Key[Array, " b"], start_keys: Key[Array, " b"] | None = None
+        params: PyTree,
+        cond: PyTree,
+        uncond: PyTree,
+        keys: Key[Array, " b"],
+        start_keys: Key[Array, " b"] | None = None,
+        noisy: Bool[Array, " T"] | None = None,
     ) -> Trajectory:
         """One trajectory a key; a sample's noise depends on its own keys alone.
 
         start_keys: of the noise that the first step begins from, where it is another's too; by default `keys`.
+        noisy: the steps that are taken with noise; the others are deterministic. By default all are.
         """
         count = keys.shape[0]
 
         def step(x_t, inputs):
-            i, t, t_next = inputs
-            p = transition(params, x_t, jnp.full(count, t), jnp.full(count, t_next), cond, uncond)
+            i, t, t_next, noisy = inputs
+            p = transition(params, x_t, jnp.full(count, t), jnp.full(count, t_next), cond, uncond, noisy)
             x_next = process.sample(p, noise(i, keys))
             return x_next, (x_next, log_prob(p, x_next), process.stochastic(p))
 
         x_first = noise(jnp.int32(0), keys if start_keys is None else start_keys)
-        inputs = (jnp.arange(1, num_steps + 1), timesteps[:-1], after(timesteps[:-1]))
+        inputs = (jnp.arange(1, num_steps + 1), timesteps[:-1], after(timesteps[:-1]), noisy)
         _, (x, log_probs, trained) = jax.lax.scan(step, x_first, inputs)
         return Trajectory(
             t=jnp.broadcast_to(timesteps, (count, num_steps + 1)),
@@ -147,9 +160,9 @@ def check_sampling(eta: float, guidance_scale: float) -> None:
 def make_sampler(
     model: Model, policy: Policy, merge: Callable, *, layout: Layout, decode_chunk_size: int = 0
 ) -> Callable:
-    """One jitted program: trainable, frozen, tokens (b, s), keys (b,), start_keys (b,) or None -> what it made.
+    """One jitted program: trainable, frozen, tokens (b, s), keys (b,), start_keys (b,), noisy (T,) -> what it made.
 
-    That is cond, Trajectory and images (b, H, W, 3).
+    That is cond, Trajectory and images (b, H, W, 3). The last two inputs are as in `rollout`, and may be None.
 
     merge: as in Finetune. It is done inside, so that no merged copy of the denoiser outlives the call.
     layout: what is made is cut over the batch.
@@ -171,11 +184,12 @@ def make_sampler(
         tokens: Int[Array, "b s"],
         keys: Key[Array, " b"],
         start_keys: Key[Array, " b"] | None = None,
+        noisy: Bool[Array, " T"] | None = None,
     ) -> tuple[PyTree, Trajectory, Float[Array, "b H W 3"]]:
         tokens, keys, start_keys = layout.rows((tokens, keys, start_keys))
         cond = layout.rows(model.encode_text(layout.gather(frozen.text), tokens))
         denoiser = layout.gather(merge(frozen.denoiser, trainable))
-        trajectory = layout.rows(policy.rollout(denoiser, cond, frozen.uncond, keys, start_keys))
+        trajectory = layout.rows(policy.rollout(denoiser, cond, frozen.uncond, keys, start_keys, noisy))
         return cond, trajectory, layout.rows(decode(layout.gather(frozen.vae), trajectory.x[:, -1]))
 
     return jax.jit(sample)

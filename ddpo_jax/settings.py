@@ -71,6 +71,7 @@ def check(config: ConfigDict) -> None:
         "seed": config.seed,
         "eval_every": config.eval_every,
         "keep_best_checkpoints": config.keep_best_checkpoints,
+        "sample.window": sample.window,
         "sample.decode_chunk_size": sample.decode_chunk_size,
         "train.min_timestep": train.min_timestep,
         "train.kl_weight": train.kl_weight,
@@ -109,6 +110,8 @@ def check_read(config: ConfigDict) -> None:
             raise UserError(f"train.{field}={train[field]}: only the ddpo algorithms know it, not {name}; set 0")
     if config.reward.shuffled and from_data(name):
         raise UserError(f"reward.shuffled: {name} learns from no reward; shuffle the labels of its data instead")
+    if config.sample.window and not name.startswith("ddpo"):
+        raise UserError(f"sample.window={config.sample.window}: only the ddpo algorithms know it, not {name}; set 0")
     if config.data.cache and not from_data(name):
         raise UserError(f"data.cache={config.data.cache!r}: {name} learns from no data set; set ''")
     if config.sample.shared_noise and name == "reward_backprop":

@@ -59,7 +59,7 @@ class Model(NamedTuple):
 class Policy(NamedTuple):
     """A model, a process and guidance, seen as a stochastic policy over denoising steps."""
 
-    rollout: Callable  # params, cond, uncond, keys (b,), start_keys (b,) or None -> Trajectory
+    rollout: Callable  # params, cond, uncond, keys (b,), start_keys (b,) or None, noisy (T,) or None -> Trajectory
     final: Callable  # params, cond, uncond, keys (b,), grad_steps (b,), max_grad_steps -> x_0, differentiable
     after: Callable  # t -> t_next
     transition: Callable  # params, x_t, t, t_next, cond, uncond -> Gaussian
@@ -74,7 +74,7 @@ class Trajectory(NamedTuple):
     t: Float[Array, "b T+1"]
     x: Float[Array, "b T+1 h w c"]
     log_prob: Float[Array, "b T"]  # nats; per latent element by default; 0 where not trained
-    trained: Bool[Array, "b T"]  # False where the transition is deterministic
+    trained: Bool[Array, "b T"]  # False where the transition is deterministic, as outside of a window
 
 
 class Prompts(NamedTuple):

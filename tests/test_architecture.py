@@ -24,6 +24,7 @@ ORDER = [
         "convert",
         "models",
         "policy",
+        "window",
         "finetune",
         "optimizers",
     ),

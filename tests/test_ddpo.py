@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_run import SAMPLES, STEPS, distance, equal, finite, learn, pairs, silent, small_config
 
-from ddpo_jax import advantages, algorithms, experts, rewards
+from ddpo_jax import advantages, algorithms, experts, rewards, window
 from ddpo_jax.algorithms.ddpo import Scoring, importance_sampling, score_function
 from ddpo_jax.algorithms.judged import Judging
 from ddpo_jax.algorithms.parts import scored_rollouts
@@ -49,6 +49,10 @@ def make_world(folder, **changes):
     return World(run, host_copy(state), update, batch)
 
 
+def every_step(key):
+    """No window."""
+
+
 def make_is(world, *, parts=None, num_updates=2, **settings):
     """Importance sampling on the parts of a run, with other settings."""
     settings = {
@@ -58,6 +62,7 @@ def make_is(world, *, parts=None, num_updates=2, **settings):
         "kl_weight": 0.0,
         "kl_budget": 0.0,
         "min_timestep": 0,
+        "window": every_step,
     } | settings
     return importance_sampling(parts or world.run.parts, num_updates=num_updates, **settings)
 
@@ -69,6 +74,7 @@ def make_sf(world, **settings):
         "kl_weight": 0.0,
         "kl_budget": 0.0,
         "min_timestep": 0,
+        "window": every_step,
     } | settings
     return score_function(world.run.parts, **settings)
 
@@ -237,6 +243,89 @@ def test_the_config_says_which_steps_are_not_learned_from(world, small_folder):
     for changes in ({}, {"algorithm": "ddpo_sf", "train.num_updates": 1}):
         config = small_config(small_folder, **{"train.min_timestep": int(begins[1])}, **changes)
         assert build(config, silent).algorithm.slices(world.batch).sum() == 2 * SAMPLES
+
+
+@pytest.fixture(scope="module")
+def narrow(small_folder):
+    """A window of the two steps in the middle, of pictures that start from the same noise."""
+    return make_world(
+        small_folder,
+        **{"sample.window": 2, "sample.window_start": 1, "sample.shared_noise": True},
+        **{"sample.num_prompts": 2, "sample.num_samples_per_prompt": 4},
+    )
+
+
+def test_only_the_window_is_learned_from(narrow, world):
+    slices = narrow.run.algorithm.slices(narrow.batch)
+    np.testing.assert_array_equal(slices, np.tile([False, True, True, False], (SAMPLES, 1)))
+    np.testing.assert_array_equal(narrow.batch.trajectory.trained, slices)
+    seen = []
+
+    @contextmanager
+    def phase(name, total):
+        seen.append(total)
+        yield lambda count: None
+
+    for fraction in (1.0, 0.5):
+        learn(
+            narrow.update,
+            narrow.run.algorithm,
+            narrow.fresh(),
+            narrow.run.frozen,
+            narrow.batch,
+            num_updates=1,
+            fraction=fraction,
+            phase=phase,
+        )
+    assert seen == [2 * SAMPLES // 8, SAMPLES // 8]
+    assert (narrow.run.schedule.micro_batch_size, world.run.schedule.micro_batch_size) == (8, 8)
+    # Until the window begins, the pictures of a draw are one.
+    states = [len(np.unique(narrow.batch.trajectory.x[:4, i], axis=0)) for i in range(STEPS + 1)]
+    assert states == [1, 1, 4, 4, 4]
+
+
+def test_the_ratio_is_1_before_the_first_update_of_a_window(narrow):
+    algorithm, frozen = narrow.run.algorithm, narrow.run.frozen
+    state, history = learn(narrow.update, algorithm, narrow.fresh(), frozen, narrow.batch)
+    assert history[0]["ratio_max_deviation"] <= 5e-6
+    assert history[1]["ratio_max_deviation"] > 1e-4
+    assert history[-1]["skipped_steps"] == 0 and finite(state.params)
+    trajectory = narrow.batch.trajectory
+    batch = narrow.batch._replace(trajectory=trajectory._replace(log_prob=trajectory.log_prob + 1.0))
+    recomputing = make_is(narrow, old_log_prob="recompute")
+    _, history = learn(narrow.update, recomputing, narrow.fresh(), frozen, batch)
+    assert history[0]["ratio_max_deviation"] == 0.0
+
+
+def test_a_window_that_is_drawn_moves_from_round_to_round(narrow):
+    timesteps = np.asarray(narrow.batch.trajectory.t[0])
+    run, learned = narrow.run, int(timesteps[2])
+    algorithm = make_is(narrow, window=window.make(timesteps, size=1, start=window.ANEW, min_timestep=learned))
+    places = set()
+    for seed in range(6):
+        batch, _, _ = algorithm.collect(
+            narrow.fresh().params, run.frozen, run.draw(0), algorithm.init(None), jax.random.key(seed)
+        )
+        (place,) = np.unique(np.nonzero(np.asarray(batch.trajectory.trained))[1])
+        places.add(int(place))
+    assert places == {0, 1, 2}
+    assert run.parts.sample._cache_size() == 1
+
+
+def test_evaluations_draw_with_noise_at_every_step(narrow, world):
+    def draw(run):
+        found = evaluate(
+            run.parts,
+            world.fresh().params,
+            run.frozen,
+            run.eval_prompts["train"],
+            key_data=world.start.key,
+            combination=SUM,
+            scale=experts.scale_told(("mine",), []),
+        )
+        return found.images
+
+    np.testing.assert_array_equal(draw(narrow.run), draw(world.run))
 
 
 def test_gradient_equals_that_of_one_big_batch_without_the_missing(world):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from ddpo_jax import process
 from ddpo_jax.errors import UserError
@@ -341,3 +342,58 @@ def test_decoding_in_chunks_draws_the_same_pictures(size):
 def test_settings_out_of_range_are_refused_at_construction(settings, message):
     with pytest.raises(UserError, match=message):
         policy_of(make_model(), **settings)
+
+
+# A window of noisy steps
+
+WINDOW = np.array([False, True, True, False, False])
+
+
+def windowed(policy, noisy=WINDOW, count=3, key=0):
+    keys = sample_keys(jax.random.key(key), np.arange(count))
+    return jax.jit(policy.rollout)(PARAMS, conditions(count), UNCOND, keys, None, jnp.asarray(noisy))
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.3])
+def test_a_window_of_all_steps_draws_as_no_window_does(eta):
+    policy = policy_of(make_model(), eta=eta)
+    for found, expected in zip(windowed(policy, np.ones(NUM_STEPS, bool)), rollout(policy), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_steps_outside_of_the_window_are_deterministic_and_not_trained():
+    policy, still = (policy_of(make_model(), eta=eta) for eta in (1.0, 0.0))
+    trajectory = windowed(policy)
+    np.testing.assert_array_equal(trajectory.trained, np.tile(WINDOW, (3, 1)))
+    np.testing.assert_array_equal(trajectory.log_prob[:, ~WINDOW], 0)
+    step, x_next = replay(still, trajectory, conditions(3))
+    drawn = np.abs(x_next - step.mean).reshape(3, NUM_STEPS, -1).max(axis=2)
+    assert np.all(drawn[:, ~WINDOW] < 1e-5) and np.all(drawn[:, WINDOW] > 0.1)
+
+
+def test_pictures_part_in_the_window_alone():
+    policy, cond = policy_of(make_model()), {"bias": jnp.full((4, 1, 1, 1), 0.1)}
+    keys, start_keys = (sample_keys(jax.random.key(3), np.arange(4), group_size=size) for size in (1, 4))
+    x = np.asarray(jax.jit(policy.rollout)(PARAMS, cond, UNCOND, keys, start_keys, jnp.asarray(WINDOW)).x)
+    assert [len(np.unique(x[:, i], axis=0)) for i in range(NUM_STEPS + 1)] == [1, 1, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_log_prob_in_the_window_equals_scipy(reduction):
+    policy = policy_of(make_model(), eta=0.7, guidance_scale=3.0, log_prob_reduction=reduction)
+    trajectory, cond = windowed(policy), conditions(3)
+    step, x_next = replay(policy, trajectory, cond)
+    density = scipy.stats.norm.logpdf(x_next, step.mean, np.maximum(step.std, 1e-30)).reshape(3, NUM_STEPS, -1)
+    expected = getattr(density, reduction)(axis=-1)
+    np.testing.assert_allclose(trajectory.log_prob[:, WINDOW], expected[:, WINDOW], rtol=1e-5)
+
+
+def test_one_program_serves_every_window():
+    policy = policy_of(make_model())
+    program = jax.jit(policy.rollout)
+    for first in range(NUM_STEPS):
+        noisy = np.arange(NUM_STEPS) == first
+        keys = sample_keys(jax.random.key(0), np.arange(3))
+        trajectory = program(PARAMS, conditions(3), UNCOND, keys, None, noisy)
+        np.testing.assert_array_equal(trajectory.trained[0], noisy)
+    assert program._cache_size() == 1

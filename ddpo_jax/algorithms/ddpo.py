@@ -54,13 +54,14 @@ def importance_sampling(
     kl_weight: float,
     kl_budget: float,
     min_timestep: int,
+    window: Callable,
 ) -> Algorithm:
     """DDPO-IS: PPO-clip on denoising steps; several updates a round.
 
     old_log_prob: `stored` by the rollout, or `recompute`d by the update's own program before the first update, which
     costs that program once more a round (nothing, with one update a round) and makes the first ratio exactly 1.
     kl_weight: of KL(p_θ ‖ p_ref), nats as the log-probs are. kl_budget: the mean KL at which the run ends; 0 is never.
-    min_timestep: steps that begin below it are not learned from.
+    min_timestep: steps that begin below it are not learned from. window: as `window.make` gives it.
     """
     if clip_range <= 0:
         raise UserError(f"train.clip_range={clip_range}: expected a positive number; 1e-4 is the published value")
@@ -90,13 +91,21 @@ def importance_sampling(
         kl_weight=kl_weight,
         kl_budget=kl_budget,
         min_timestep=min_timestep,
+        window=window,
         recompute=_log_prob_writer(parts.layout) if recompute and num_updates > 1 else None,
         check=check,
     )
 
 
 def score_function(
-    parts: Parts, *, scoring: Scoring, num_updates: int, kl_weight: float, kl_budget: float, min_timestep: int
+    parts: Parts,
+    *,
+    scoring: Scoring,
+    num_updates: int,
+    kl_weight: float,
+    kl_budget: float,
+    min_timestep: int,
+    window: Callable,
 ) -> Algorithm:
     """DDPO-SF: REINFORCE on denoising steps; exactly one update a round.
 
@@ -115,6 +124,7 @@ def score_function(
         kl_weight=kl_weight,
         kl_budget=kl_budget,
         min_timestep=min_timestep,
+        window=window,
         recompute=None,
         check=lambda first: None,
     )
@@ -128,6 +138,7 @@ def _algorithm(
     kl_weight: float,
     kl_budget: float,
     min_timestep: int,
+    window: Callable,
     recompute: Callable | None,
     check: Callable,
 ) -> Algorithm:
@@ -145,6 +156,7 @@ def _algorithm(
             carry.experts,
             key,
             keep=lambda cond, trajectory, images: (cond, trajectory),
+            noisy=window(key),
         )
         advantage, weight, history = scoring.advantages.update(carry.advantages, prompts.id, judged.rewards)
         advantage = advantages.clip(advantage, adv_clip_max=scoring.adv_clip_max)
@@ -160,6 +172,7 @@ def _algorithm(
         t_next = parts.policy.after(t)
         cond = jax.tree.map(lambda x: x[sample], batch.cond)
 
+        # Rows are noisy steps alone: outside of a window there are none.
         p = parts.policy.transition(params, x_t, t, t_next, cond, frozen.uncond)
         log_prob = parts.policy.log_prob(p, x_next)
         row_losses, metrics = surrogate(log_prob, trajectory.log_prob[sample, step], batch.advantage[sample])

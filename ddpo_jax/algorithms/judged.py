@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Key
+from jaxtyping import Bool, Float32, Key
 
 from ddpo_jax import experts
 from ddpo_jax.algorithms.parts import Parts, scored_rollouts
@@ -42,8 +42,9 @@ def judged_rollouts(
     key: Key[Any, ""],
     *,
     keep: Callable,
+    noisy: Bool[Any, " T"] | None = None,
 ) -> Judged:
-    """One sample a prompt, and its reward. keep: as in `scored_rollouts`.
+    """One sample a prompt, and its reward. keep, noisy: as in `scored_rollouts`.
 
     Raises: RunStopped if more than `max_missing` of the rewards are missing, as soon as that is known.
     """
@@ -56,7 +57,15 @@ def judged_rollouts(
         )
 
     kept, scores, why = scored_rollouts(
-        parts, trainable, frozen, prompts, key, keep=keep, group_size=judging.group_size, check=check
+        parts,
+        trainable,
+        frozen,
+        prompts,
+        key,
+        keep=keep,
+        group_size=judging.group_size,
+        noisy=noisy,
+        check=check,
     )
     rewards, seen = judging.experts.update(seen, scores)
     experts.check_missing(rewards, scores, max_missing=judging.max_missing, names=names, why=why)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int, Key
+from jaxtyping import Bool, Float32, Int, Key
 
 from ddpo_jax import multihost, rewards
 from ddpo_jax.errors import RunStopped, UserError
@@ -47,6 +47,7 @@ def scored_rollouts(
     *,
     keep: Callable,
     group_size: int = 1,
+    noisy: Bool[Any, " T"] | None = None,
     check: Callable = lambda scores, why: None,
 ) -> Scored:
     """One sample a prompt, and its scores. Kept is keep(cond, trajectory, images) of all samples, on an axis of b.
@@ -55,6 +56,7 @@ def scored_rollouts(
     is kept on the devices stays as long as that. A chunk is scored while the next rolls out. Sample i's noise depends
     on `key` and i alone; what it starts from is shared by `group_size` samples in a row.
 
+    noisy: the denoising steps that are taken with noise; None: all.
     check: (scores, why) of the chunks that were scored so far -> None; may raise RunStopped, so that a scorer that
     gives nothing is not waited for chunk by chunk. It is asked where one process has all pictures.
     """
@@ -65,7 +67,7 @@ def scored_rollouts(
         for index in calls:
             chunk = rewards.take(prompts, np.minimum(index, count - 1))
             keys, start_keys = sample_keys(key, index), sample_keys(key, index, group_size=group_size)
-            cond, trajectory, images = parts.sample(trainable, frozen, chunk.tokens, keys, start_keys)
+            cond, trajectory, images = parts.sample(trainable, frozen, chunk.tokens, keys, start_keys, noisy)
             try:
                 pending.append(parts.reward.submit(frozen.reward, images, chunk))
             except (UserError, RunStopped) as error:
