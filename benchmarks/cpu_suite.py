@@ -194,7 +194,9 @@ def main(argv: Sequence[str]) -> None:
     if not cells:
         tell(f"{flags.output} has them all")
         return
-    peer = peer_python(flags.peer_env.expanduser())
+    prompts, environment = PROMPTS.read_text(encoding="utf-8").splitlines(), flags.peer_env.expanduser()
+    peer = peer_python(environment)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(environment / "compiled"))
     # Inherited by all parties, before they import what counts the cores.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if flags.core is None else flags.core})
     commands = {
@@ -206,11 +208,12 @@ def main(argv: Sequence[str]) -> None:
         asks = {name: stack.enter_context(party(command)) for name, command in commands.items()}
         results |= {"machine": machine(), "versions": {name: ask("versions") for name, ask in asks.items()}}
         results.setdefault("agreement", {})
-        for lora in sorted({cell.lora for cell in cells}):
-            smallest = min(cell for cell in cells if cell.lora == lora)
-            results["agreement"][smallest.name] = check_agreement(asks, smallest, PROMPTS.read_text().splitlines())
-            tell(f"{smallest.name}: all parties agree: {json.dumps(results['agreement'][smallest.name])}")
-        for cell in cells:
-            results["cells"][cell.name] = measure(asks, cell, PROMPTS.read_text().splitlines(), repeats=flags.repeats)
-            cpu_results.write(flags.output, results)
-            tell(f"{cell.name}: {summary(results['cells'][cell.name])}")
+        for lora in dict.fromkeys(cell.lora for cell in cells):
+            of_kind = [cell for cell in cells if cell.lora == lora]
+            smallest = min(of_kind)
+            results["agreement"][smallest.name] = check_agreement(asks, smallest, prompts)
+            tell(f"{smallest.name}: all agree: {json.dumps(results['agreement'][smallest.name])}")
+            for cell in of_kind:
+                results["cells"][cell.name] = measure(asks, cell, prompts, repeats=flags.repeats)
+                cpu_results.write(flags.output, results)
+                tell(f"{cell.name}: {summary(results['cells'][cell.name])}")
