@@ -199,7 +199,7 @@ def make_jobs() -> dict[str, Callable]:
         config.prompts.list = tuple(prompts)
         ready = make_ready(config)
 
-    def round() -> Phases:
+    def one_more() -> Phases:
         nonlocal ready
         ready, phases = one_round(ready)
         return phases
@@ -209,7 +209,7 @@ def make_jobs() -> dict[str, Callable]:
         config.prompts.list = tuple(prompts)
         return write_reference(path, config)
 
-    return {"versions": environment, "prepare": prepare, "round": round, "reference": reference}
+    return {"versions": environment, "prepare": prepare, "round": one_more, "reference": reference}
 
 
 if __name__ == "__main__":

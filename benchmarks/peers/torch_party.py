@@ -268,7 +268,7 @@ def make_jobs() -> dict[str, Callable]:
             kept[lora] = make_ready(lora=lora, **settings)
         ready = kept[lora]._replace(prompts=prompts, batch=batch, num_steps=num_steps)
 
-    def round() -> Phases:
+    def one_more() -> Phases:
         return one_round(ready)
 
     def check(prompts: Sequence[str], path: str) -> dict[str, float]:
@@ -277,7 +277,7 @@ def make_jobs() -> dict[str, Callable]:
     def told() -> dict[str, str]:
         return versions() | {"compiled": str(COMPILER)}
 
-    return {"versions": told, "prepare": prepare, "round": round, "check": check}
+    return {"versions": told, "prepare": prepare, "round": one_more, "check": check}
 
 
 if __name__ == "__main__":

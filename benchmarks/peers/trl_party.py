@@ -143,7 +143,7 @@ def make_jobs() -> dict[str, Callable]:
         trainer.sd_pipeline.set_progress_bar_config(disable=True)
         watch(trainer, phases)
 
-    def round() -> Phases:
+    def one_more() -> Phases:
         with timed(phases, "total"):
             trainer.step(0, 0)
         return phases
@@ -151,7 +151,7 @@ def make_jobs() -> dict[str, Callable]:
     def check(prompts: Sequence[str], path: str) -> dict[str, float]:
         return agreement(trainer, prompts, path)
 
-    return {"versions": versions, "prepare": prepare, "round": round, "check": check}
+    return {"versions": versions, "prepare": prepare, "round": one_more, "check": check}
 
 
 if __name__ == "__main__":
