@@ -24,7 +24,8 @@ from ddpo_jax.starts import environment
 from ddpo_jax.types import PyTree, TrainState
 from ddpo_jax.update import Update, make_update, optimize, plan
 
-# Pictures and rows a program, found by trial at 16 pictures of 10 steps; results do not depend on them.
+# Pictures and rows a program; results do not depend on them. At 16 pictures of 10 steps updates in micro-batches of 8,
+# 16 and 32 rows took the same time to a twentieth, and of 4 a tenth more.
 CHUNK_SIZE = 16
 MICRO_BATCH_SIZE = 16
 

@@ -34,8 +34,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         *(f"- {PARTIES[party]}: {named(versions)}" for party, versions in results["versions"].items()),
     ]
     for clock, told in (("cpu", "CPU seconds"), ("wall", "the wall clock")):
-        lines += ["", f"So many times as fast as each peer is ddpo_jax by {told}; below 1 it is slower:", ""]
-        lines += head(["batch x steps", *(f"{phase} / {PARTIES[peer]}" for peer in PEERS for phase in PHASES)])
+        lines += ["", f"How many times as fast as each peer ddpo_jax is, by {told}; below 1 it is slower:", ""]
+        names = [unit.partition(",")[0] for unit in PHASES.values()]
+        lines += head(["batch x steps", *(f"{name} / {PARTIES[peer]}" for peer in PEERS for name in names)])
         for name, cell in cells.items():
             lines.append(row([name, *(f"{ratio(cell, peer, phase, clock):.2f}" for peer in PEERS for phase in PHASES)]))
     lines += ["", "Medians by CPU seconds:", "", *head(["batch x steps", "", *PHASES.values(), "load"])]
