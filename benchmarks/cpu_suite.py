@@ -36,8 +36,6 @@ ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 MODEL = ROOT / "ddpo_jax" / "assets" / "tiny-sd"
 PROMPTS = ROOT / "ddpo_jax" / "assets" / "prompts" / "common_animals.txt"
-# torch's own index has a build without CUDA; PyPI's would bring gigabytes that are not read here.
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 PACKAGES = ("torch==2.13.0", "trl==0.23.1", "diffusers==0.42.*", "transformers>=5,<6", "accelerate", "peft", "numpy")
 SETTINGS = {"guidance_scale": 5.0, "clip_range": 1e-4, "learning_rate": 1e-5}
 WARM_UP_STEPS = 2
@@ -91,8 +89,9 @@ def peer_python(folder: Path) -> Path:
     if not mark.exists() or mark.read_text() != "\n".join(PACKAGES):
         tell(f"installing {', '.join(PACKAGES)} into {folder}")
         venv.create(folder, with_pip=True, clear=True)
-        index = f"--extra-index-url={TORCH_INDEX}"
-        subprocess.run([python, "-m", "pip", "install", "--quiet", index, *PACKAGES], check=True)
+        # torch by itself first, at one version: a free range would bring gigabytes of CUDA
+        for packages in (PACKAGES[:1], PACKAGES):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         mark.write_text("\n".join(PACKAGES))
     return python
 
