@@ -176,10 +176,9 @@ def in_a_row(call: Callable[[], PyTree], count: int) -> list[float]:
 
 
 def measure_program(call: Callable[[], PyTree], compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Seconds of a call, the device's idle share between calls, and where its time goes, after a warm-up."""
+    """Seconds of a call, the device's idle share between calls, and where its time goes, after a first call."""
     (first,) = in_a_row(call, 1)
-    (warm,) = in_a_row(call, 1)
-    seconds = in_a_row(call, min(max(math.ceil(TIMED / warm), FEWEST), MOST))
+    seconds = in_a_row(call, min(max(math.ceil(TIMED / first), FEWEST), MOST))
     found = operations.traced(lambda: in_a_row(call, TRACED), [compiled.as_text()])
     return {
         "first": first,

@@ -108,7 +108,7 @@ CELLS = {
         Cell("sd15", "dpo", "full", "cudnn", "products", 0, 32),
         Cell("sdxl", "ddpo", "lora", "cudnn", "products", 4, 4),
         Cell("sd15", "ddpo", "full", "xla", "products", 16, 32),
-        Cell("sd15", "ddpo", "full", "cudnn", "none", 64, 16),
+        Cell("sd15", "ddpo", "full", "cudnn", "none", 32, 16),
         Cell("sd15", "ddpo", "full", "cudnn", "blocks", 0, 64),
         Cell("sd15", "ddpo", "full", "cudnn", "products", 0, 64),
         Cell("sd15", "dpo", "lora", "cudnn", "products", 0, 32),
