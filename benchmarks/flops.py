@@ -18,10 +18,10 @@ from ddpo_jax.sharding import make_layout
 
 
 class Work(NamedTuple):
-    """FLOPs of DDPO."""
+    """FLOPs of a run."""
 
     rollout: int  # a picture: text, all denoising steps with guidance, decoding
-    row: int  # a (sample, timestep) row: forward and backward
+    row: int  # a (sample, slice) row: forward and backward
 
     def of_round(self, config: ConfigDict, *, rows_per_sample: float) -> float:
         """A round's, at so many trained timesteps a sample; `recompute`, where a config asks for it, comes on top."""
@@ -40,11 +40,21 @@ def ddpo(config: ConfigDict, family: str = "") -> Work:
     Raises:
         UserError: the config cannot be used, or its algorithm is another one.
     """
+    programs.check_samples(config)
+    return work(config, programs.read_model(config, family))
+
+
+def work(config: ConfigDict, model: tuple) -> Work:
+    """What sampling and a config's method cost, on a model as programs.read_model gives it.
+
+    A row of Diffusion-DPO is a pair whose latents are there: forward and backward of two pictures, and the reference's
+    forward of each.
+    """
     config = config.copy_and_resolve_references()
     config.train.remat = "none"
     config.train.old_log_prob = "stored"
+    config.attention = "xla"  # a kernel of cuDNN's is a closed box
     layout = make_layout(devices=jax.devices()[:1])
-    found = programs.read_model(config, family)
-    run = programs.abstract_run(config, *found, layout=layout, chunk_size=1, micro_batch_size=1)
+    run = programs.abstract_run(config, *model, layout=layout, chunk_size=1, micro_batch_size=1)
     rollout, row = (flops_of(program.fn, *program.inputs) for program in (run.sample, run.accumulate))
     return Work(rollout, row)

@@ -66,6 +66,7 @@ def compile_all(config: ConfigDict, model: tuple, mesh: Mesh) -> Compiled:
     Raises:
         UserError: the config cannot be used, or an axis of the mesh cuts nothing.
     """
+    programs.check_samples(config)
     layout = make_layout(**mesh._asdict(), devices=jax.devices()[: mesh.size])
     once = cut(config, mesh, recomputes=False)
     sizes = {"chunk_size": once.rows["sample"], "micro_batch_size": once.rows["accumulate"]}

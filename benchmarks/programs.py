@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from benchmarks.families import FAMILIES, SCHEDULER, read_configs
 from ddpo_jax import algorithms, data, process, settings
 from ddpo_jax.algorithms.ddpo import Rollouts
+from ddpo_jax.algorithms.diffusion_dpo import Pairs, make_pairs
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.build import DTYPES
 from ddpo_jax.errors import UserError
-from ddpo_jax.methods import Loaded, method_of
+from ddpo_jax.methods import Loaded, method_of, objective_of
 from ddpo_jax.models import pipeline
 from ddpo_jax.models.locate import TINY
 from ddpo_jax.models.stable_diffusion import make_model, stored
@@ -41,11 +42,24 @@ class AbstractRun(NamedTuple):
     frozen: Frozen  # without a reward's parameters
     state: TrainState
     grads: PyTree
-    batch: Rollouts  # of a round
+    batch: Rollouts | Pairs  # of a round
     sample: Program  # a chunk
     accumulate: Program  # a micro-batch
     apply: Program  # an optimizer step
     recomputes: bool  # whether each row goes through `accumulate` once more, for its old log-prob
+
+
+class Planned(NamedTuple):
+    """What a method's programs depend on beside the model."""
+
+    settings: Callable  # config, Loaded -> the settings of its Algorithm
+    batch: Callable  # config, cond of a sample, latent shape, samples -> the arrays of a round
+
+
+def check_samples(config: ConfigDict) -> None:
+    """Raises UserError if the config's algorithm does not learn from trajectories."""
+    if config.algorithm not in ("ddpo_is", "ddpo_sf"):
+        raise UserError(f"algorithm={config.algorithm!r}: expected 'ddpo_is' or 'ddpo_sf'")
 
 
 def read_model(config: ConfigDict, family: str = "") -> tuple[pipeline.Configs, process.NoiseSchedule]:
@@ -81,11 +95,10 @@ def abstract_run(
     chunk_size: pictures a shard of the batch that `sample` draws.  micro_batch_size: rows a shard of `accumulate`.
 
     Raises:
-        UserError: the config cannot be used, or its algorithm does not sample.
+        UserError: the config cannot be used, or its algorithm is none of PLANNED.
     """
     settings.check(config)
-    if config.algorithm not in ("ddpo_is", "ddpo_sf"):
-        raise UserError(f"algorithm={config.algorithm!r}: expected 'ddpo_is' or 'ddpo_sf'")
+    planned = choose(PLANNED, config.algorithm, "algorithm")
     sample, dtype = config.sample, choose(DTYPES, config.compute_dtype, "compute_dtype")
     model = make_model(
         configs,
@@ -93,7 +106,8 @@ def abstract_run(
         dtype=dtype,
         resolution=config.pretrained.resolution or None,
         remat=config.train.remat,
-        kernel="xla" if config.attention == "auto" else config.attention,  # not the best of this machine
+        # "auto" is the best of this machine, and the programs are for others
+        kernel=choose_kernel({"auto": "xla"}.get(config.attention, config.attention), dtype=dtype),
     )
     policy = make_policy(
         model,
@@ -111,8 +125,7 @@ def abstract_run(
     prompts = data.prompt_source(config.prompts.name, tuple(config.prompts.list))
     timesteps = np.asarray(model.process.timesteps(sample.num_steps))
     loaded = Loaded(prompts, None, (), 0, None, timesteps, np.ones(1, np.float32), model.latent_shape, dict)
-    _, method = method_of(config).make(config, loaded)
-    algorithm = algorithms.make(config.algorithm, parts, method)
+    algorithm = algorithms.make(config.algorithm, parts, planned.settings(config, loaded))
     update = make_update(algorithm, tuning, tx, ema_decay=config.train.ema_decay, layout=layout)
 
     shapes = stored(configs, dtype, exact=tuning.changes)
@@ -127,9 +140,10 @@ def abstract_run(
     state = TrainState(None, jax.ShapeDtypeStruct((), np.int32), params, ema, opt_state, None, None)
 
     num_samples = -(-method_of(config).drawn(config) // chunk) * chunk  # filled up
-    batch = jax.eval_shape(lambda: rollouts(uncond, model.latent_shape, num_samples, sample.num_steps))
+    batch = jax.eval_shape(lambda: planned.batch(config, uncond, model.latent_shape, num_samples))
     cut = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec(BATCH))
-    batch = batch._replace(cond=put(batch.cond, cut), trajectory=put(batch.trajectory, cut))
+    on_devices = {"cond", "trajectory", "x_0"} & set(batch._fields)
+    batch = batch._replace(**{name: put(getattr(batch, name), cut) for name in on_devices})
     micro_batch = MicroBatch(jax.ShapeDtypeStruct((rows, 2), np.int32), jax.ShapeDtypeStruct((rows,), np.float32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), chunk))
@@ -148,16 +162,42 @@ def abstract_run(
     )
 
 
-def rollouts(cond: Any, latent_shape: tuple[int, ...], count: int, num_steps: int) -> Rollouts:
+def rollouts(config: ConfigDict, cond: Any, latent_shape: tuple[int, ...], count: int) -> Rollouts:
     """A round's samples, as the update reads them."""
+    num_steps = config.sample.num_steps
     trajectory = Trajectory(
         t=jnp.zeros((count, num_steps + 1)),
         x=jnp.zeros((count, num_steps + 1, *latent_shape)),
         log_prob=jnp.zeros((count, num_steps)),
         trained=jnp.ones((count, num_steps), bool),
     )
-    conds = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), cond)
-    return Rollouts(conds, trajectory, jnp.zeros(count), jnp.ones(count))
+    return Rollouts(repeated(cond, count), trajectory, jnp.zeros(count), jnp.ones(count))
+
+
+def pairs(config: ConfigDict, cond: Any, latent_shape: tuple[int, ...], count: int) -> Pairs:
+    """A round's encoded pairs, as the update reads them."""
+    x_0, ones = jnp.zeros((count, 2, *latent_shape)), np.ones(count, np.float32)
+    return make_pairs(repeated(cond, count), x_0, ones, ones, objective_of(config))
+
+
+def repeated(cond: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), cond)
+
+
+def preference_settings(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
+    """As methods.diffusion_dpo gives them, without a data set."""
+    return {"objective": objective_of(config), "prompt_dropout": config.data.prompt_dropout}
+
+
+def sampled_settings(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
+    return method_of(config).make(config, loaded)[1]
+
+
+PLANNED = {
+    "ddpo_is": Planned(sampled_settings, rollouts),
+    "ddpo_sf": Planned(sampled_settings, rollouts),
+    "diffusion_dpo": Planned(preference_settings, pairs),
+}
 
 
 def place(tree: PyTree, layout: Layout) -> PyTree:
