@@ -208,6 +208,7 @@ multihost.leave(0, seconds=60)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache_of_latents(small_folder, test_cache, tmp_path):
     """Each keeps what its own devices encoded; then all is there for both, and for one process alone."""
     for i in range(9):
