@@ -8,6 +8,7 @@ tenth less time so.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -62,7 +63,7 @@ def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def over_groups(
-    x: Float[Array, "b p c"], scale: Float[Array, " c"], bias: Float[Array, " c"], num_groups: int, epsilon: float
+    x: Float[Array, "b p c"], scale: Float[Any, " c"], bias: Float[Any, " c"], num_groups: int, epsilon: float
 ) -> Float[Array, "b p c"]:
     """Of p pixels; the variance in two passes, as E[x²] - E[x]² loses digits where a group's mean is large."""
     return _over_groups(x, scale, bias, num_groups, epsilon)[0]
@@ -97,7 +98,7 @@ def _of_group(values: Float[Array, "b c"], num_groups: int) -> Float[Array, "b c
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def over_last(
-    x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+    x: Float[Array, "*b d"], scale: Float[Any, " d"], bias: Float[Any, " d"], epsilon: float
 ) -> Float[Array, "*b d"]:
     """Of the last axis, with the variance in two passes."""
     return _over_last(x, scale, bias, epsilon)[0]
@@ -124,5 +125,5 @@ def _over_last_gradient(epsilon, kept, gradient):
 over_last.defvjp(_over_last, _over_last_gradient)
 
 
-def _like(parameter: Float[Array, " d"], x: Float[Array, "*b d"]) -> Float[Array, "..."]:
+def _like(parameter: Float[Any, " d"], x: Float[Array, "*b d"]) -> Float[Any, "..."]:
     return parameter.reshape((1,) * (x.ndim - 1) + parameter.shape)
