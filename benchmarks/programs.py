@@ -22,6 +22,7 @@ from ddpo_jax.build import DTYPES
 from ddpo_jax.errors import UserError
 from ddpo_jax.methods import Loaded, method_of, objective_of
 from ddpo_jax.models import pipeline
+from ddpo_jax.models.attention import choose_kernel
 from ddpo_jax.models.locate import TINY
 from ddpo_jax.models.stable_diffusion import make_model, stored
 from ddpo_jax.policy import make_policy, make_sampler
