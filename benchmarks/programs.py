@@ -17,6 +17,7 @@ from benchmarks.families import FAMILIES, SCHEDULER, read_configs
 from ddpo_jax import algorithms, data, process, settings
 from ddpo_jax.algorithms.ddpo import Rollouts
 from ddpo_jax.algorithms.diffusion_dpo import Pairs, make_pairs
+from ddpo_jax.algorithms.encode import make_encoder
 from ddpo_jax.algorithms.parts import Parts
 from ddpo_jax.build import DTYPES
 from ddpo_jax.errors import UserError
@@ -187,7 +188,11 @@ def repeated(cond: Any, count: int) -> Any:
 
 def preference_settings(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
     """As methods.diffusion_dpo gives them, without a data set."""
-    return {"objective": objective_of(config), "prompt_dropout": config.data.prompt_dropout}
+    return {
+        "objective": objective_of(config),
+        "make_encoder": make_encoder,
+        "prompt_dropout": config.data.prompt_dropout,
+    }
 
 
 def sampled_settings(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:

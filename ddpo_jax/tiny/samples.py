@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Array, Float32, Int
 
 from ddpo_jax.finetune import full
 from ddpo_jax.models import stable_diffusion
