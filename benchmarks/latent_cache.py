@@ -1,7 +1,7 @@
 """Pairs a second of Diffusion-DPO on the embedded model, with what the VAE makes of pictures kept and without, and with
 the next round's pictures read ahead and without.
 
-python -m benchmarks.latent_cache --pairs=96 --batch=32 --folder=/tmp/latent_cache
+python -m benchmarks.latent_cache --pairs=96 --batch=32 --folder=runs/latent_cache
 
 Makes a folder of pairs of JPEGs of 512 px, which are read at the 64 of the embedded model. The four ways take turns,
 block by block; a block's first round, whose data nobody read ahead, is not counted, nor are those that fill the cache.

@@ -1,6 +1,6 @@
 """Converts synthetic pairs and reads them back: peak memory of the conversion, and pairs a second of the reading.
 
-python benchmarks/read_pairs.py --pairs=100000 --resolution=256 --num_workers=2 --folder=/tmp/read_pairs
+python benchmarks/read_pairs.py --pairs=100000 --resolution=256 --num_workers=2 --folder=runs/read_pairs
 
 Makes parquet files of Pick-a-Pic's form whose pictures are JPEGs of quality 90 with smooth shapes and noise, as large
 as photographs are. Memory is that of the converter and its workers together, sampled every 50 ms: `peak_rss_mb` counts
