@@ -28,6 +28,7 @@ class FakeServer(NamedTuple):
     url: str
     requests: list[Request]
     most: list[int]  # requests that were answered at one time, at most
+    connections: list[int]
 
 
 def say(content):
@@ -94,10 +95,15 @@ def silent(handler, request, closing):
 def serving(behave):
     """A server on this machine; behave(handler, request, closing: an event) writes the response."""
     lock, running, closing = threading.Lock(), [0], threading.Event()
-    found = FakeServer("", [], [0])
+    found = FakeServer("", [], [0], [0])
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self):
+            with lock:
+                found.connections[0] += 1
+            super().setup()
 
         def do_POST(self):
             data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -575,8 +575,7 @@ def test_the_client_is_done_before_the_rewards_own_deadline():
         assert "the 0.8 s for all requests were over" in reward.why(pending)
 
 
-def test_many_pictures_cost_little_but_the_servers_time():
-    begin = time.process_time()
+def test_many_pictures_share_a_few_connections():
     with serving(well(lambda request: "7")) as server:
         judge = vlm.judged(
             partial(chat.ask, settings_for(server.url, concurrency=32, timeout=20.0, deadline=20.0)),
@@ -585,8 +584,8 @@ def test_many_pictures_cost_little_but_the_servers_time():
             high=10.0,
         )
         assert (judge(make_images(256), ("a fox",) * 256).values == 7).all()
-    assert time.process_time() - begin < 10
     assert server.most[0] <= 32
+    assert server.connections[0] <= 64  # one that was idle for 5 s is not used again
 
 
 def test_httpx_is_imported_only_when_it_is_needed():
