@@ -1,5 +1,6 @@
 """What all tests share: eight simulated CPU devices, strict ranks, compiled programs kept, one small model folder."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,9 @@ FLAGS = [
     *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
 ]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+
+# Traced programs are millions of objects that stay; to look through them for garbage took a tenth of the time.
+gc.set_threshold(100_000, 50, 1000)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

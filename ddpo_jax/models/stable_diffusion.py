@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -204,26 +206,28 @@ def latent_shape(configs: Configs, resolution: int | None) -> tuple[int, int, in
 
 def parameter_shapes(configs: Configs) -> dict[str, PyTree]:
     """The parameter trees of the networks, as float32 shapes, by the name of their folder."""
-    key, t, unet = jax.random.key(0), jnp.zeros(1), configs.unet
+    unet = configs.unet
     side = 2 ** (len(unet.block_out_channels) - 1)
-    latent = jnp.zeros((1, side, side, unet.in_channels))
-    cond = Condition(jnp.zeros((1, 1, unet.cross_attention_dim)))
+    cond = Condition((1, 1, unet.cross_attention_dim))
     if unet.time_id_size is not None:
-        time_ids = jnp.zeros((1, NUM_TIME_IDS))
-        cond = Condition(cond.context, jnp.zeros((1, unet.added_size - time_ids.size * unet.time_id_size)), time_ids)
-    pixels = jnp.zeros((1, configs.vae.reduction, configs.vae.reduction, 3))
-
-    def shapes(module, *inputs) -> PyTree:
-        return jax.eval_shape(module.init, key, *inputs)["params"]
-
+        cond = cond._replace(
+            pooled=(1, unet.added_size - NUM_TIME_IDS * unet.time_id_size), time_ids=(1, NUM_TIME_IDS)
+        )
+    conditions = (shape for shape in cond if shape is not None)
     return {
         **{
-            part: shapes(CLIPTextModel(config), jnp.zeros((1, config.max_length), jnp.int32))
+            part: _parameter_shapes(CLIPTextModel(config), (1, config.max_length), dtype=jnp.int32)
             for part, config in configs.text.items()
         },
-        "unet": shapes(UNet2DConditionModel(unet), latent, t, *cond),
-        "vae": shapes(AutoencoderKL(configs.vae), pixels),
+        "unet": _parameter_shapes(UNet2DConditionModel(unet), (1, side, side, unet.in_channels), (1,), *conditions),
+        "vae": _parameter_shapes(AutoencoderKL(configs.vae), (1, configs.vae.reduction, configs.vae.reduction, 3)),
     }
+
+
+@functools.cache  # of SD 1.5 it takes seconds, and is wanted several times
+def _parameter_shapes(module: nn.Module, *inputs: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> PyTree:
+    shapes = (jax.ShapeDtypeStruct(shape, dtype) for shape in inputs)
+    return jax.eval_shape(module.init, jax.random.key(0), *shapes)["params"]
 
 
 def vae_dtype(configs: Configs, dtype: DTypeLike) -> DTypeLike:
