@@ -30,7 +30,7 @@ def make_policy(
     check_sampling(eta, guidance_scale)
     if log_prob_reduction not in ("mean", "sum"):
         raise UserError(f"sample.log_prob_reduction={log_prob_reduction!r}: expected 'mean' or 'sum'")
-    predict = _guidance(model.predict, guidance_scale)
+    predict = _guidance(model, guidance_scale)
     timesteps = model.process.timesteps(num_steps)
 
     def after(t: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -208,19 +208,21 @@ def _fold_in(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(index)
 
 
-def _guidance(predict: Callable, scale: float) -> Callable:
-    """The network with guidance, u + w (c - u) (Ho & Salimans 2022, Eq. 6), as one batch; or without."""
+def _guidance(model: Model, scale: float) -> Callable:
+    """The network with guidance, u + w (c - u) (Ho & Salimans 2022, Eq. 6), in one pass; or without."""
 
-    def guided(params, x_t, t, cond, uncond):
-        def both(c, u):
+    def both(params, x_t, t, conds):
+        def twice(u, c):
             return jnp.concatenate([jnp.broadcast_to(u, c.shape), c])
 
-        twice = jax.tree.map(both, cond, uncond)
-        out = predict(params, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), twice)
-        without, with_text = jnp.split(out, 2)
+        out = model.predict(params, twice(x_t, x_t), twice(t, t), jax.tree.map(twice, *conds))
+        return jnp.split(out, 2)
+
+    def guided(params, x_t, t, cond, uncond):
+        without, with_text = (model.predict_each or both)(params, x_t, t, (uncond, cond))
         return without + scale * (with_text - without)
 
     def plain(params, x_t, t, cond, uncond):
-        return predict(params, x_t, t, cond)
+        return model.predict(params, x_t, t, cond)
 
     return plain if scale == 1 else guided

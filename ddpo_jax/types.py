@@ -54,6 +54,9 @@ class Model(NamedTuple):
     decode: Callable  # vae params, x_0 -> images (b, H, W, 3) float32 in [0, 1]
     process: Process
     latent_shape: tuple[int, int, int]
+    # denoiser params, x_t, t (b,), conds of b rows or, but not all, 1 -> what `predict` gives with each of them.
+    # None: `predict` does, in one batch.
+    predict_each: Callable | None = None
 
 
 class Policy(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,24 @@ def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
+def in_turn(parts: Sequence[Float[Array, "_ ..."]]) -> Float[Array, "B ..."]:
+    """The first row of each part, then the second of each; a part of one row has it in every turn."""
+    rows = max(len(part) for part in parts)
+    stacked = jnp.stack([jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts], axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def same_rows(x: Float[Array, "b ..."], y: Float[Array, "B ..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Both with as many rows as the longer has: each row of the shorter stands for as many in turn."""
+    rows = max(len(x), len(y))
+    return tuple(z if len(z) == rows else in_turn([z] * (rows // len(z))) for z in (x, y))
+
+
+def add(x: Float[Array, "b ..."], y: Float[Array, "B ..."]) -> Float[Array, "..."]:
+    x, y = same_rows(x, y)
+    return x + y
+
+
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions around a residual, conditioned on the time embedding if there is one."""
 
@@ -79,18 +99,19 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], time_embedding: Float[Array, "b e"] | None = None
-    ) -> Float[Array, "b h w f"]:
+        self, x: Float[Array, "b h w c"], time_embedding: Float[Array, "B e"] | None = None
+    ) -> Float[Array, "_ h w f"]:
         hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm1")(x))
         hidden = conv(self.features, 3, self.dtype, "conv1")(hidden)
         if time_embedding is not None:
             shift = dense(self.features, self.dtype, "time_emb_proj")(nn.silu(time_embedding))
+            hidden, shift = same_rows(hidden, shift)
             hidden = hidden + shift[:, None, None, :]
         hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm2")(hidden))
         hidden = conv(self.features, 3, self.dtype, "conv2")(hidden)
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.dtype, "conv_shortcut")(x)
-        return x + hidden
+        return add(x, hidden)
 
 
 class Upsample(nn.Module):
@@ -105,20 +126,29 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention of a UNet transformer block."""
+    """Self- or cross-attention of a UNet transformer block.
+
+    With n contexts a result has n rows for each row of x, one a context in turn; a context of one row is every row's.
+    """
 
     num_heads: int
     dtype: Dtype = jnp.float32
     kernel: str = "xla"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None) -> Float[Array, "b q d"]:
-        context = x if context is None else context
+    def __call__(
+        self, x: Float[Array, "b q d"], contexts: tuple[Float[Array, "_ k e"], ...] | None = None
+    ) -> Float[Array, "B q d"]:
+        contexts = (x,) if contexts is None else contexts
         width = x.shape[-1]
+
+        def project(name: str) -> Float[Array, "B k d"]:
+            layer = dense(width, self.dtype, name, use_bias=False)
+            return in_turn([layer(context) for context in contexts])
+
         query = dense(width, self.dtype, "to_q", use_bias=False)(x)
-        key = dense(width, self.dtype, "to_k", use_bias=False)(context)
-        value = dense(width, self.dtype, "to_v", use_bias=False)(context)
-        out = attend(query, key, value, num_heads=self.num_heads, kernel=self.kernel)
+        query, key = same_rows(query, project("to_k"))
+        out = attend(query, key, project("to_v"), num_heads=self.num_heads, kernel=self.kernel)
         return dense(width, self.dtype, "to_out_0")(out)
 
 
@@ -153,12 +183,12 @@ class TransformerBlock(nn.Module):
     kernel: str = "xla"  # of attention
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b q d"], context: Float[Array, "b k e"]) -> Float[Array, "b q d"]:
+    def __call__(self, x: Float[Array, "b q d"], contexts: tuple[Float[Array, "_ k e"], ...]) -> Float[Array, "B q d"]:
         def attention(name: str) -> Attention:
             return Attention(self.num_heads, self.dtype, self.kernel, name=name)
 
         x = x + attention("attn1")(layer_norm(1e-5, self.dtype, "norm1")(x))
-        x = x + attention("attn2")(layer_norm(1e-5, self.dtype, "norm2")(x), context)
+        x = add(x, attention("attn2")(layer_norm(1e-5, self.dtype, "norm2")(x), contexts))
         return x + FeedForward(self.dtype, name="ff")(layer_norm(1e-5, self.dtype, "norm3")(x))
 
 
@@ -177,7 +207,9 @@ class SpatialTransformer(nn.Module):
     kernel: str = "xla"  # of attention
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], contexts: tuple[Float[Array, "_ s d"], ...]
+    ) -> Float[Array, "B h w c"]:
         batch, height, width, channels = x.shape
         block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
 
@@ -189,5 +221,5 @@ class SpatialTransformer(nn.Module):
         hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)
         for i in range(self.num_blocks):
-            hidden = block(self.num_heads, self.dtype, self.kernel, name=f"transformer_blocks_{i}")(hidden, context)
-        return x + project("proj_out")(hidden.reshape(x.shape))
+            hidden = block(self.num_heads, self.dtype, self.kernel, name=f"transformer_blocks_{i}")(hidden, contexts)
+        return add(x, project("proj_out")(hidden.reshape(-1, height, width, channels)))

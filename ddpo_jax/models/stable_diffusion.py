@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +180,13 @@ def make_model(
     ) -> Float[Array, "b h w c"]:
         return unet.apply({"params": params}, x_t, t, *cond).astype(jnp.float32)
 
+    def predict_each(
+        params: PyTree, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], conds: Sequence[Condition]
+    ) -> list[Float[Array, "b h w c"]]:
+        several = (None if parts[0] is None else parts for parts in zip(*conds, strict=True))
+        out = unet.apply({"params": params}, x_t, t, *several).astype(jnp.float32)
+        return list(jnp.moveaxis(out.reshape(len(x_t), len(conds), *out.shape[1:]), 1, 0))
+
     def encode(params: PyTree, images: Float[Array, "b H W 3"]) -> Posterior:
         return Posterior(*vae.apply({"params": params}, 2.0 * images - 1.0, method="encode"))
 
@@ -191,7 +198,7 @@ def make_model(
         pixels = vae.apply({"params": params}, x_0 / scale, method="decode")
         return jnp.clip(0.5 * pixels + 0.5, 0.0, 1.0)
 
-    return Model(encode_text, encode_empty, predict, encode, sample_latent, decode, noise, shape)
+    return Model(encode_text, encode_empty, predict, encode, sample_latent, decode, noise, shape, predict_each)
 
 
 def latent_shape(configs: Configs, resolution: int | None) -> tuple[int, int, int]:
@@ -210,9 +217,7 @@ def parameter_shapes(configs: Configs) -> dict[str, PyTree]:
     side = 2 ** (len(unet.block_out_channels) - 1)
     cond = Condition((1, 1, unet.cross_attention_dim))
     if unet.time_id_size is not None:
-        cond = cond._replace(
-            pooled=(1, unet.added_size - NUM_TIME_IDS * unet.time_id_size), time_ids=(1, NUM_TIME_IDS)
-        )
+        cond = cond._replace(pooled=(1, unet.added_size - NUM_TIME_IDS * unet.time_id_size), time_ids=(1, NUM_TIME_IDS))
     conditions = (shape for shape in cond if shape is not None)
     return {
         **{

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpo_jax.errors import UserError, number, numbers
-from ddpo_jax.models.layers import Dtype, ResnetBlock, SpatialTransformer, Upsample, conv, dense
+from ddpo_jax.models.layers import (
+    Dtype,
+    ResnetBlock,
+    SpatialTransformer,
+    Upsample,
+    add,
+    conv,
+    dense,
+    in_turn,
+    same_rows,
+)
 from ddpo_jax.models.norms import group_norm
 
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # block type -> whether it attends to the text
@@ -212,12 +222,12 @@ class DownBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, time_embedding, context):
+    def __call__(self, x, time_embedding, contexts):
         config, skips = self.config, []
         for i in range(config.num_layers):
             x = _resnet(config, self.dtype, i)(x, time_embedding)
             if config.attends:
-                x = _transformer(config, self.dtype, i)(x, context)
+                x = _transformer(config, self.dtype, i)(x, contexts)
             skips.append(x)
         if self.downsample:
             x = Downsample(self.dtype, name="downsamplers_0")(x)
@@ -230,9 +240,9 @@ class MidBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, time_embedding, context):
+    def __call__(self, x, time_embedding, contexts):
         x = _resnet(self.config, self.dtype, 0)(x, time_embedding)
-        x = _transformer(self.config, self.dtype, 0)(x, context)
+        x = _transformer(self.config, self.dtype, 0)(x, contexts)
         return _resnet(self.config, self.dtype, 1)(x, time_embedding)
 
 
@@ -244,14 +254,18 @@ class UpBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, skips, time_embedding, context):
+    def __call__(self, x, skips, time_embedding, contexts):
         config = self.config
         for i in range(config.num_layers):
-            x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+            x = jnp.concatenate(same_rows(x, skips[-1 - i]), axis=-1)
             x = _resnet(config, self.dtype, i)(x, time_embedding)
             if config.attends:
-                x = _transformer(config, self.dtype, i)(x, context)
+                x = _transformer(config, self.dtype, i)(x, contexts)
         return Upsample(self.dtype, name="upsamplers_0")(x) if self.upsample else x
+
+
+def _several(condition: Float[Array, "b ..."] | tuple[Float[Array, "_ ..."], ...]) -> tuple[Float[Array, "_ ..."], ...]:
+    return condition if isinstance(condition, tuple) else (condition,)
 
 
 def _keep_products(prim, *_, **params) -> bool:
@@ -279,14 +293,18 @@ class UNet2DConditionModel(nn.Module):
         self,
         x_t: Float[Array, "b h w c"],
         t: Float[Array, " b"],
-        context: Float[Array, "b s d"],
-        pooled: Float[Array, "b p"] | None = None,
-        time_ids: Float[Array, "b 6"] | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """`pooled` and `time_ids` are read where the configuration is text_time's."""
+        context: Float[Array, "b s d"] | tuple[Float[Array, "_ s d"], ...],
+        pooled: Float[Array, "b p"] | tuple[Float[Array, "_ p"], ...] | None = None,
+        time_ids: Float[Array, "b 6"] | tuple[Float[Array, "_ 6"], ...] | None = None,
+    ) -> Float[Array, "B h w c"]:
+        """`pooled` and `time_ids` are read where the configuration is text_time's.
+
+        n predictions for each row of x_t, one after another, come of tuples of n conditions; those of one row are
+        every row's, but not all of them. What does not depend on the condition is computed once.
+        """
         config, dtype = self.config, self.dtype
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
-        x, context = x_t.astype(dtype), context.astype(dtype)
+        x, contexts = x_t.astype(dtype), tuple(context.astype(dtype) for context in _several(context))
         down_block, mid_block, up_block = (self._remat(block) for block in (DownBlock, MidBlock, UpBlock))
 
         def block_config(i: int, *, num_layers: int, attends: bool) -> BlockConfig:
@@ -307,23 +325,24 @@ class UNet2DConditionModel(nn.Module):
             self._sinusoids(t, channels[0]).astype(dtype)
         )
         if config.time_id_size is not None:
+            pooled, time_ids = in_turn(_several(pooled)), in_turn(_several(time_ids))
             ids = self._sinusoids(time_ids.reshape(-1), config.time_id_size).reshape(time_ids.shape[0], -1)
             added = jnp.concatenate([pooled.astype(jnp.float32), ids], axis=-1).astype(dtype)
-            time_embedding = time_embedding + TimestepMLP(4 * channels[0], dtype, name="add_embedding")(added)
+            time_embedding = add(time_embedding, TimestepMLP(4 * channels[0], dtype, name="add_embedding")(added))
 
         x = conv(channels[0], 3, dtype, "conv_in")(x)
         skips = [x]
         for i, attends in enumerate(config.down_attends):
             block = block_config(i, num_layers=config.layers_per_block[i], attends=attends)
-            x, new = down_block(block, i < last, dtype, name=f"down_blocks_{i}")(x, time_embedding, context)
+            x, new = down_block(block, i < last, dtype, name=f"down_blocks_{i}")(x, time_embedding, contexts)
             skips += new
         block = block_config(last, num_layers=1, attends=True)
-        x = mid_block(block, dtype, name="mid_block")(x, time_embedding, context)
+        x = mid_block(block, dtype, name="mid_block")(x, time_embedding, contexts)
         for i, attends in enumerate(config.up_attends):
             num_layers = config.layers_per_block[last - i] + 1
             skips, taken = skips[:-num_layers], skips[-num_layers:]
             block = block_config(last - i, num_layers=num_layers, attends=attends)
-            x = up_block(block, i < last, dtype, name=f"up_blocks_{i}")(x, taken, time_embedding, context)
+            x = up_block(block, i < last, dtype, name=f"up_blocks_{i}")(x, taken, time_embedding, contexts)
         x = nn.silu(group_norm(config.num_groups, config.epsilon, dtype, "conv_norm_out")(x))
         return conv(config.out_channels, 3, dtype, "conv_out")(x)
 
