@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 from small_run import learn, silent, small_config
 
 from ddpo_jax.build import build, init_state
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import attention
 from ddpo_jax.models.attention import attend, choose_kernel
+from ddpo_jax.models.layers import gelu
+from ddpo_jax.models.stable_diffusion import load
+from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.types import Algorithm, Frozen, Metrics, TrainState
 from ddpo_jax.update import Update, make_update
 
@@ -117,9 +121,64 @@ def test_attention_is_the_same_by_each_kernel(monkeypatch, kernel, queries, keys
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["chunked", "stepwise"])
+def test_the_denoiser_attends_as_it_is_told(monkeypatch, small_folder, kernel):
+    monkeypatch.setattr(attention, "CHUNK_PRODUCTS", 64)
+
+    def predict(name):
+        model, pretrained = load(str(small_folder), dtype=jnp.float32, attention=name)
+        cond = model.encode_text(pretrained.text, jnp.asarray(tokenize_all(pretrained.tokenizers, ["a fox"])))
+        x_t = jax.random.normal(jax.random.key(0), (1, *model.latent_shape))
+        traced = jax.jit(lambda params: model.predict(params, x_t, jnp.full(1, 401.0), cond)).trace(pretrained.denoiser)
+        return traced.lower().compile()(pretrained.denoiser), str(traced.jaxpr)
+
+    found, told = predict(kernel)
+    expected, plain = predict("xla")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    operation = {"chunked": "scan[", "stepwise": "optimization_barrier"}[kernel]
+    assert told.count(operation) > plain.count(operation)
+
+
+def test_chunks_gradients_are_summed_in_float32(monkeypatch):
+    """In bfloat16 the sum over many chunks would lose most of what each adds."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, n, 8)), jnp.bfloat16) for n in (512, 4, 4))
+
+    def gradient(v, kernel, dtype):
+        inputs = (x.astype(dtype) for x in (q, k, v))
+        return jnp.sum(attend(*inputs, num_heads=1, kernel=kernel).astype(jnp.float32))
+
+    exact = jax.grad(gradient)(v.astype(jnp.float32), "xla", jnp.float32)
+    monkeypatch.setattr(attention, "CHUNK_PRODUCTS", 4)  # one query
+    found = jax.grad(gradient)(v, "chunked", jnp.bfloat16)
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kernel"),
+    [
+        ("cpu", jnp.bfloat16, "stepwise"),
+        ("tpu", jnp.bfloat16, "chunked"),
+        ("gpu", jnp.float32, "chunked"),
+        ("gpu", jnp.bfloat16, "chunked"),  # this machine has no cuDNN
+    ],
+)
+def test_the_kernel_that_is_chosen(monkeypatch, platform, dtype, kernel):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert choose_kernel("auto", dtype=dtype) == kernel
+    with pytest.raises(UserError, match=f"attention='cudnn' in .* on {platform}: .*; set 'auto'"):
+        choose_kernel("cudnn", dtype=dtype)
+
+
+def test_cudnn_is_chosen_where_it_can_be_had(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "_cudnn_fault", lambda platform, dtype: "")
+    assert choose_kernel("auto", dtype=jnp.bfloat16) == choose_kernel("cudnn", dtype=jnp.bfloat16) == "cudnn"
+
+
 def test_attention_kernels():
     """Which there is follows from the machine and the dtype; which is taken, from a head's width."""
-    assert choose_kernel("auto", dtype=jnp.bfloat16) == "stepwise" and choose_kernel("xla", dtype=jnp.float32) == "xla"
+    assert choose_kernel("xla", dtype=jnp.float32) == "xla"
     for name, message in {"cudnn": "bfloat16 on cpu: expected an NVIDIA GPU", "flash": "expected 'auto'"}.items():
         with pytest.raises(UserError, match=message):
             choose_kernel(name, dtype=jnp.bfloat16)
@@ -128,3 +187,9 @@ def test_attention_kernels():
     np.testing.assert_array_equal(attend(x, x, x, num_heads=wide, kernel="cudnn"), attend(x, x, x, num_heads=wide))
     with pytest.raises(RuntimeError, match="cuDNN"):
         attend(x, x, x, num_heads=narrow, kernel="cudnn")
+
+
+def test_gelu_keeps_its_digits_in_bfloat16():
+    x = jnp.linspace(-4, 4, 801, dtype=jnp.bfloat16)
+    expected = np.asarray(x, np.float64) * norm.cdf(np.asarray(x, np.float64))
+    np.testing.assert_allclose(jax.jit(gelu)(x).astype(jnp.float32), expected, rtol=0.01)

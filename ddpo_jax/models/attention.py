@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 import jax
@@ -42,7 +43,7 @@ def attend(
     elif mask is not None:
         attention = _xla
     elif kernel == "cudnn" and width % 8 == 0 and width <= CUDNN_WIDTH:
-        attention = partial(jax.nn.dot_product_attention, implementation="cudnn")
+        attention = _cudnn
     else:
         attention = {"stepwise": _stepwise, "chunked": _chunked}.get(kernel, _xla)
     return attention(split(query), split(key), split(value), mask=mask).reshape(query.shape)
@@ -77,17 +78,32 @@ def choose_kernel(name: str, *, dtype: DTypeLike) -> str:
     if name not in ("auto", *KERNELS):
         raise UserError(f"attention={name!r}: expected 'auto', {', '.join(map(repr, KERNELS))}")
     platform = jax.default_backend()
-    fused = platform == "gpu" and jnp.dtype(dtype).itemsize == 2
-    if name == "cudnn" and not fused:
-        raise UserError(
-            f"attention='cudnn' in {jnp.dtype(dtype).name} on {platform}: expected an NVIDIA GPU and"
-            " compute_dtype=bfloat16; set 'auto'"
-        )
-    if name != "auto":
+    if name not in ("auto", "cudnn"):
         return name
-    return "cudnn" if fused else "stepwise" if platform == "cpu" else "chunked"
+    fault = _cudnn_fault(platform, jnp.dtype(dtype).name)
+    if name == "cudnn" and fault:
+        raise UserError(f"attention='cudnn' in {jnp.dtype(dtype).name} on {platform}: {fault}; set 'auto'")
+    return "cudnn" if not fault else "stepwise" if platform == "cpu" else "chunked"
 
 
+@functools.cache
+def _cudnn_fault(platform: str, dtype: str) -> str:
+    """Why cuDNN's kernel cannot be had, by compiling a small one with its gradient; empty if it can."""
+    if platform != "gpu" or jnp.dtype(dtype).itemsize != 2:
+        return "expected an NVIDIA GPU and compute_dtype=bfloat16"
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), dtype)
+
+    def total(x: Float[Array, "b q n e"]) -> Float[Array, ""]:
+        return _cudnn(x, x, x).sum(dtype=jnp.float32)
+
+    try:
+        jax.jit(jax.grad(total)).lower(x).compile()
+    except Exception as error:  # an old GPU, another maker's, or no cuDNN: each with an error of its own
+        return f"it cannot be had here ({str(error).splitlines()[0]})"
+    return ""
+
+
+_cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
 _xla = partial(jax.nn.dot_product_attention, implementation="xla")
 
 

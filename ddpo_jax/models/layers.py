@@ -21,7 +21,7 @@ def activation(name: str):
     return {
         "silu": nn.silu,
         "swish": nn.silu,
-        "gelu": lambda x: nn.gelu(x, approximate=False),
+        "gelu": gelu,
         "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     }[name]
 
@@ -67,8 +67,12 @@ product.defvjp(_product, _product_gradient)
 
 
 def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """x Φ(x) by erf, as torch has it; XLA has one formula for it, where it has two for jax.nn.gelu's erfc."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+    """x Φ(x) by erf, in float32 at least, as torch has it.
+
+    1 + erf loses digits below 0. XLA has one formula for erf, where it has two for the erfc of jax.nn.gelu.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def in_turn(parts: Sequence[Float[Array, "_ ..."]]) -> Float[Array, "B ..."]:

@@ -75,7 +75,7 @@ def load(
     dtype: what the networks compute in. The VAE computes in float32 where its config asks for it (`force_upcast`).
     resolution: pixels, one side; the folder's own if None.
     remat: what the denoiser's backward pass keeps, one of unet.REMAT.
-    attention: the kernel of the denoiser's attention, one of layers.KERNELS, or "auto".
+    attention: the kernel of the denoiser's attention, one of attention.KERNELS, or "auto".
     variant: of the weights, such as "fp16".  revision: of a hub id.
     exact: the denoiser's parameters, by path, that are stored in float32 whatever `dtype` is.
     place: tree of shapes -> tree of shardings; the first device by default.
