@@ -22,33 +22,29 @@ KEY_INDEX = 2**31 - 2  # folded into a round's key; no sample's number reaches i
 def make(timesteps: Float[np.ndarray, " states"], *, size: int, start: int, min_timestep: int) -> Callable:
     """The key of a round -> (T,) bool, whether each step is noisy; None where all are, which is a size of 0.
 
-    start: the first step of the window; ANEW draws it among those from which all of the window is learned from. Steps
-    that begin below `min_timestep` are not.
+    start: the first step of the window, all of which is learned from; ANEW draws it. Steps that begin below
+    `min_timestep` are not learned from.
 
     Raises:
-        UserError: there is no such window, or nothing in it is learned from.
+        UserError: there is no such window.
     """
+    num_steps, learned = len(timesteps) - 1, int(np.sum(timesteps[:-1] >= min_timestep))
+    if not 0 <= size <= learned:
+        raise UserError(
+            f"sample.window={size}: expected 0 (off) to {learned}, the steps of sample.num_steps={num_steps} that begin"
+            f" at train.min_timestep={min_timestep} or above"
+        )
+    last = learned - size if size else ANEW
+    if not ANEW <= start <= last:
+        expected = f"{ANEW} (drawn anew in each round)" + (f" to {last}" if size else "")
+        raise UserError(f"sample.window_start={start}: expected {expected}, as sample.window={size} leaves it")
     if size == 0:
         return lambda key: None
-    num_steps, learned = len(timesteps) - 1, int(np.sum(timesteps[:-1] >= min_timestep))
-    if not 1 <= size <= num_steps:
-        raise UserError(f"sample.window={size}: expected 0 (off) to sample.num_steps={num_steps}")
-    if start == ANEW and size > learned:
-        raise UserError(
-            f"sample.window={size}: only {learned} of {num_steps} steps begin at train.min_timestep={min_timestep} or"
-            " above; take a smaller window, or say where it begins"
-        )
-    if start != ANEW and not 0 <= start < min(num_steps - size + 1, learned):
-        raise UserError(
-            f"sample.window_start={start}: expected {ANEW} (drawn anew in each round) or 0 to"
-            f" {min(num_steps - size + 1, learned) - 1}, as sample.window={size}, sample.num_steps={num_steps} and"
-            f" train.min_timestep={min_timestep} leave it"
-        )
 
     def window(key: Key[Any, ""]) -> Bool[np.ndarray, " T"]:
         first = start
         if start == ANEW:
-            first = int(jax.random.randint(jax.random.fold_in(key, KEY_INDEX), (), 0, learned - size + 1))
+            first = int(jax.random.randint(jax.random.fold_in(key, KEY_INDEX), (), 0, last + 1))
         step = np.arange(num_steps)
         return (first <= step) & (step < first + size)
 

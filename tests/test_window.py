@@ -40,12 +40,20 @@ def test_a_drawn_window_is_whole_and_learned_from_and_lies_everywhere(size, min_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 6}, r"sample\.window=6: expected 0 \(off\) to sample\.num_steps=5"),
+        ({"size": 6}, r"sample\.window=6: expected 0 \(off\) to 5"),
         ({"size": -1}, r"sample\.window=-1"),
-        ({"size": 3, "min_timestep": 500}, "only 2 of 5 steps"),
-        ({"size": 2, "start": 4}, r"sample\.window_start=4: expected -1 .* or 0 to 3"),
+        (
+            {"size": 3, "min_timestep": 500},
+            "to 2, the steps of sample.num_steps=5 that begin at train.min_timestep=500",
+        ),
+        ({"size": 3, "start": 0, "min_timestep": 500}, r"sample\.window=3"),
+        (
+            {"size": 0, "start": 0},
+            r"sample\.window_start=0: expected -1 \(drawn anew in each round\), as sample\.window=0",
+        ),
+        ({"size": 2, "start": 4}, r"sample\.window_start=4: expected -1 .* to 3"),
         ({"size": 2, "start": -2}, r"sample\.window_start=-2"),
-        ({"size": 1, "start": 2, "min_timestep": 500}, r"sample\.window_start=2: expected -1 .* or 0 to 1"),
+        ({"size": 1, "start": 2, "min_timestep": 500}, r"sample\.window_start=2: expected -1 .* to 1"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(settings, message):
