@@ -294,7 +294,8 @@ def get_config() -> ConfigDict:
     # Of captioned images a folder with metadata.jsonl (file_name, text), or module:function: index -> (H, W, 3) uint8,
     # caption. Of pairs one with pairs.jsonl (prompt, image_0, image_1, label), or module:function: index -> prompt,
     # image_0, image_1, label; a label is 1 where image_0 is preferred, 0 where image_1 is, and 0.5 is a tie, which is
-    # left out. Of either a data set that ddpo_jax.prepare made.
+    # left out. Of either a data set that ddpo_jax.prepare made. A function is called on one thread, which is not the
+    # main one, for the round after the one that trains.
     data.source = ""
     # Images, or pairs, a round, each encoded once. The host holds them, and those of the next round, which are read
     # meanwhile: 1.6 MB a pair of 512 pixels.
@@ -303,10 +304,10 @@ def get_config() -> ConfigDict:
     data.prompt_dropout = 0.1
     # Turns each picture of a pair over, left to right, with a chance of one half.
     data.horizontal_flip = False
-    # A folder to keep what the VAE's encoder makes of each picture, so that each is decoded and encoded once, and later
-    # passes, continued runs and other runs read it there; "" keeps nothing. The latents are drawn from it anew in each
-    # round, as without it. It fills up while the run goes on: 131 KB a picture of 512 pixels, 524 KB of 1024, and with
-    # horizontal_flip up to twice that. Several hosts need one folder that all see.
+    # A folder to keep what the VAE's encoder makes of each picture, which later passes, continued runs and other runs
+    # read there instead of decoding and encoding the picture; "" keeps nothing. The latents are drawn from it anew in
+    # each round, as without it. It fills up while the run goes on: 131 KB a picture of 512 pixels, 524 KB of 1024, and
+    # with horizontal_flip up to twice that. Several hosts need one folder that all see.
     data.cache = ""
     # What is kept there: "float32" (nothing changes) or "float16" (half the bytes, rounded to 3 digits).
     data.cache_dtype = "float32"

@@ -19,7 +19,8 @@ from ddpo_jax.pictures import in_threads, nothing, read_square, watched
 from ddpo_jax.plugins import load_object
 from ddpo_jax.types import Recalled
 
-TAIL = 4096  # bytes
+END = 4096  # bytes, of either end of a file
+COMPRESSED = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class ImageText(NamedTuple):
@@ -117,21 +118,26 @@ def read_rows(read: Callable, length: int | None, batch_size: int) -> list[Any]:
 
 
 def identify(files: Sequence[Path]) -> str:
-    """What tells these files, in this order, from others: how long they are, and how they end.
+    """What tells these files, in this order, from others: all that is in them, of compressed ones the two ends.
 
-    Names and times are left out, so that a copy is the same. The end of a PNG sums up all of its pixels.
+    Names and times are left out, so that a copy is the same. What describes a compressed picture comes first in its
+    file, and its end depends on all of its pixels.
     """
 
-    def end(path: Path) -> bytes:
+    def told(path: Path) -> bytes:
         try:
             with path.open("rb") as file:
+                if path.suffix.lower() not in COMPRESSED:
+                    return hashlib.file_digest(file, "sha256").digest()
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - TAIL))
-                return size.to_bytes(8, "little") + file.read()
+                file.seek(0)
+                head = file.read(END)
+                file.seek(max(0, size - END))
+                return hashlib.sha256(size.to_bytes(8, "little") + head + file.read()).digest()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
-    return hashlib.sha256(b"".join(hashlib.sha256(told).digest() for told in in_threads(end, files))).hexdigest()
+    return hashlib.sha256(b"".join(in_threads(told, files))).hexdigest()
 
 
 def walk(length: int | None, *, batch_size: int, seed: int, epoch: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a VAE's encoder makes of a data set's pictures, kept in a folder: each is decoded and encoded once.
+"""What a VAE's encoder makes of a data set's pictures, kept in a folder, for later passes and other runs to read.
 
 A file holds one record a picture, at the place that its number says, and holes where none was written yet. A record
 begins with a checksum of all of it, so that one that was cut off counts as none, whatever ended the run. Records of the
@@ -26,6 +26,7 @@ from ddpo_jax.pictures import in_threads, nothing
 from ddpo_jax.process import choose
 from ddpo_jax.types import Posterior, Recalled
 
+FORMAT = 1  # of records, and of how pictures are cut and scaled; to be raised with either
 TOLD = "cache.json"  # what the records are of
 FILES = ("pictures.bin", "flipped.bin")  # of pictures as they are, and turned over from left to right
 CHECK = struct.Struct("<Q")
@@ -51,7 +52,7 @@ def open_cache(name: str, *, identity: Mapping[str, Any], latent_shape: tuple[in
     """
     folder = Path(name).expanduser()
     paths, kept = [folder / file for file in FILES], np.dtype(choose(DTYPES, dtype, "data.cache_dtype"))
-    told = {**identity, "shape of latents": list(latent_shape), "data.cache_dtype": dtype}
+    told = {**identity, "format": FORMAT, "shape of latents": list(latent_shape), "data.cache_dtype": dtype}
     _check(folder, told)
     shape = (2, *latent_shape)
     size = int(np.prod(shape)) * kept.itemsize
@@ -69,10 +70,13 @@ def open_cache(name: str, *, identity: Mapping[str, Any], latent_shape: tuple[in
             if len(record) == length and record == _record(record[CHECK.size :], number):
                 found[i], there[i] = np.frombuffer(record, kept, offset=CHECK.size).reshape(shape), True
 
-        for side, path in enumerate(paths):
-            if path.is_file():
-                with path.open("rb") as file:
-                    in_threads(partial(read_one, file.fileno()), np.flatnonzero(flipped == side).tolist())
+        try:
+            for side, path in enumerate(paths):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        in_threads(partial(read_one, file.fileno()), np.flatnonzero(flipped == side).tolist())
+        except OSError as error:
+            raise RunStopped(f"data.cache={name!r}: cannot be read ({error.strerror})") from None
         return Posterior(found[:, 0], found[:, 1]), there
 
     def write(numbers: Int[np.ndarray, " k"], flipped: Bool[np.ndarray, " k"], posterior: Posterior) -> None:
@@ -146,8 +150,9 @@ def _write_all(file: int, record: bytes, offset: int) -> None:
 
 
 def _check(folder: Path, told: Mapping[str, Any]) -> None:
-    """Raises UserError if the folder holds something else than what `told` tells, or cannot be made."""
+    """Raises UserError if the folder holds something else than what `told` tells, or cannot be written."""
     path = folder / TOLD
+    nearest = next(entry for entry in (folder.absolute(), *folder.absolute().parents) if entry.exists())
     if path.is_file():
         differ = _differing(path, told)
         if differ:
@@ -155,9 +160,7 @@ def _check(folder: Path, told: Mapping[str, Any]) -> None:
                 f"data.cache={str(folder)!r}: made with another {', another '.join(differ)}; give another folder, or"
                 " delete this one"
             )
-        return
-    nearest = next(entry for entry in (folder.absolute(), *folder.absolute().parents) if entry.exists())
-    if folder.is_dir() and any(not entry.name.startswith(TOLD) for entry in folder.iterdir()):
+    elif folder.is_dir() and any(not entry.name.startswith(TOLD) for entry in folder.iterdir()):
         raise UserError(f"data.cache={str(folder)!r}: holds something else; give a new folder")
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"data.cache={str(folder)!r}: {nearest} cannot be written; give a folder of yours")

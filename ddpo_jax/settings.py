@@ -114,6 +114,10 @@ def check_read(config: ConfigDict) -> None:
         raise UserError(f"sample.window={config.sample.window}: only the ddpo algorithms know it, not {name}; set 0")
     if config.data.cache and not from_data(name):
         raise UserError(f"data.cache={config.data.cache!r}: {name} learns from no data set; set ''")
+    if config.data.cache_dtype != "float32" and not config.data.cache:
+        raise UserError(
+            f"data.cache_dtype={config.data.cache_dtype!r}: nothing is kept without data.cache; set 'float32'"
+        )
     if config.sample.shared_noise and name == "reward_backprop":
         raise UserError("sample.shared_noise: reward_backprop compares no pictures; set False")
 

@@ -274,6 +274,19 @@ def test_a_source_that_is_another_is_known(small_folder, pictures, tmp_path):
         (tmp_path / name).mkdir()
         other = preferences.open_source(str(write_pairs(tmp_path / name, colors)), resolution=16)
         assert other.identity() != source.identity()
+    Image.new("L", (600, 100)).save(tmp_path / "picture.bmp")
+    Image.new("L", (600, 100)).save(tmp_path / "picture.jpg", exif=Image.Exif())
+    before = [image_text.identify([tmp_path / name]) for name in ("picture.bmp", "picture.jpg")]
+    middle = np.zeros((100, 600), np.uint8)
+    middle[50, 300] = 1
+    Image.fromarray(middle).save(tmp_path / "picture.bmp")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the orientation
+    Image.new("L", (600, 100)).save(tmp_path / "picture.jpg", exif=turned)
+    turned[0x0112] = 1
+    Image.new("L", (600, 100)).save(tmp_path / "straight.jpg", exif=turned)
+    after = [image_text.identify([tmp_path / name]) for name in ("picture.bmp", "picture.jpg", "straight.jpg")]
+    assert len({*before, *after}) == 5
     captioned = image_text.open_source(str(pictures), resolution=16)
     assert captioned.caption(2) == "picture 1"
     with pytest.raises(UserError, match=r"0-0\.png: cannot be read"):
