@@ -36,7 +36,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sample.num_prompts = 256
     config.sample.num_samples_per_prompt = 1
     config.train.micro_batch_size = 4
-    config.train.remat = "products"
     config.train.num_updates = 4
     config.train.num_inner_epochs = 1
     config.train.learning_rate = 1e-5

@@ -49,5 +49,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.num_warmup_steps = 500
     config.train.adam_weight_decay = 1e-2
     config.train.micro_batch_size = 4
-    config.train.remat = "products"
     return choose_variant(config, VARIANTS, variant)

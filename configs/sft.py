@@ -41,5 +41,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.adam_weight_decay = 1e-2
     config.train.ema_decay = 0.9999
     config.train.micro_batch_size = 4
-    config.train.remat = "products"
     return choose_variant(config, VARIANTS, variant)

@@ -80,7 +80,7 @@ def clip_and_guard(inner: optax.GradientTransformation, *, max_norm: float) -> o
         grads: optax.Updates, state: optax.ApplyIfFiniteState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(norm)  # one that overflows would scale the step down to 0, and pass for a good one
         scale = jnp.minimum(1.0, max_norm / norm)
         updates, inner_state = inner.update(
             jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state.inner_state, params

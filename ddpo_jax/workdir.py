@@ -13,10 +13,13 @@ from typing import IO, Any
 
 from ddpo_jax.errors import UserError
 
-# What may change when a run is continued: how long it goes on, what it tells, and how it waits. Nothing it computes.
+# What may change when a run is continued: how long it goes on, what it tells, and how it waits. Nothing it computes,
+# but for how that is rounded.
 MAY_DIFFER = (
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "sample.chunk_size", "sample.decode_chunk_size"),
     "train.micro_batch_size",
+    "train.remat",
+    "attention",
     "num_epochs",
     "checkpoint_every",
     "keep_checkpoints",
@@ -29,7 +32,6 @@ MAY_DIFFER = (
     "reward.num_workers",
     "reward.max_missing",
     "data.cache",
-    "data.cache_dtype",
 )
 
 
