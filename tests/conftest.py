@@ -9,6 +9,7 @@ from pathlib import Path
 # tests' time, and their programs are small: optimization level 0 halves it, and XLA's older emitters halve it again
 # (a flag that jaxlib 0.12 no longer knows, and dies of).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's: two workers' threads would wait for each other
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",

@@ -307,7 +307,11 @@ def test_fewer_pictures_than_before(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"train.adam_moment_dtype": "bfloat16"}, {"train.optimizer": "adafactor"}], ids=["half", "factored"]
+    "settings",
+    [
+        pytest.param({"train.adam_moment_dtype": "bfloat16"}, id="half", marks=pytest.mark.slow),
+        pytest.param({"train.optimizer": "adafactor"}, id="factored"),
+    ],
 )
 def test_smaller_moments(folders, tmp_path, settings):
     """adamw with bfloat16 first moments, and adafactor, train and continue."""

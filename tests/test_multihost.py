@@ -157,6 +157,7 @@ def test_one_signal_stops_all_and_any_mesh_goes_on(small_folder, test_cache, tmp
             np.testing.assert_allclose(other["reward/mean"], one["reward/mean"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(small_folder, test_cache, tmp_path):
     """One process is; the other sees that it is gone."""
     two, cut = {"count": 2, "devices": 1}, {"mesh.fsdp": 2}

@@ -181,9 +181,7 @@ def test_every_mesh_trains_the_same(trained, tuning, sizes):
     "method",
     [
         "diffusion_dpo",
-        "reward_backprop",
-        pytest.param("online_dpo", marks=pytest.mark.slow),
-        pytest.param("rwr", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward_backprop", "online_dpo", "rwr")),
     ],
 )
 def test_every_method_is_the_same_on_a_mesh(trained, method):
