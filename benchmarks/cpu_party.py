@@ -6,9 +6,8 @@ Started by benchmarks.cpu_suite; jobs and answers as in benchmarks/peers/protoco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,13 +15,13 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from benchmarks.peers.protocol import Phases, serve, timed
+from benchmarks.rounds import Ready, begin, collect, learn
 from configs import base
 from ddpo_jax import convert
-from ddpo_jax.build import Run, build, init_state
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.starts import environment
-from ddpo_jax.types import PyTree, TrainState
-from ddpo_jax.update import Update, make_update, optimize, plan
+from ddpo_jax.types import PyTree
+from ddpo_jax.update import plan
 
 # Pictures and rows a program; results do not depend on them. At 16 pictures of 10 steps updates in micro-batches of 8,
 # 16 and 32 rows took the same time to a twentieth, and of 4 a tenth more.
@@ -30,24 +29,9 @@ CHUNK_SIZE = 16
 MICRO_BATCH_SIZE = 16
 
 
-class Ready(NamedTuple):
-    """A run about to begin a round."""
-
-    run: Run
-    update: Update
-    seed: int
-    state: TrainState
-
-
 def brightness(images: Float[np.ndarray, "b H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " b"]:
     """The mean of each picture."""
     return images.mean(axis=(1, 2, 3))
-
-
-@contextmanager
-def silent(name, total):
-    """A phase that says nothing."""
-    yield lambda count: None
 
 
 def make_config(
@@ -80,43 +64,21 @@ def make_config(
             "train.clip_range": clip_range,
             "train.learning_rate": learning_rate,
             "train.micro_batch_size": micro_batch_size,
+            "train.remat": "none",  # as torch; there is memory enough, and computing again costs a thirtieth
         }
     )
     return config
 
 
-def make_ready(config: ConfigDict) -> Ready:
-    run = build(config, silent)
-    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0, layout=run.layout)
-    state = init_state(run, seed=config.seed, ema=False)
-    if not run.tuning.reads_pretrained:
-        run = run._replace(frozen=run.frozen._replace(denoiser=None))
-    return Ready(run, update, config.seed, state)
-
-
 def one_round(ready: Ready) -> tuple[Ready, Phases]:
-    """After one round as train.py does it, and what its phases took."""
-    (run, update, seed, state), phases = ready, {}
-    epoch = int(state.epoch)
+    """After one round, and what its phases took."""
+    phases = {}
     with timed(phases, "total"):
         with timed(phases, "rollout"):
-            key_collect, key_update = jax.random.split(jax.random.key(epoch))
-            batch, carry, _ = run.algorithm.collect(state.params, run.frozen, run.draw(epoch), state.carry, key_collect)
+            batch, ready = collect(ready, ready.run.draw(int(ready.state.epoch)))
         with timed(phases, "update"):
-            state, _ = optimize(
-                update,
-                run.algorithm,
-                state,
-                run.frozen,
-                batch,
-                key_update,
-                schedule=run.schedule,
-                seed=(seed, epoch),
-                phase=silent,
-                check=run.algorithm.check,
-            )
-            jax.block_until_ready(state.params)
-    return Ready(run, update, seed, state._replace(epoch=np.array(epoch + 1, np.int32), carry=carry)), phases
+            ready = learn(ready, batch)
+    return ready, phases
 
 
 def write_reference(path: str, config: ConfigDict) -> dict[str, Any]:
@@ -125,7 +87,7 @@ def write_reference(path: str, config: ConfigDict) -> dict[str, Any]:
     The arrays are torch's: channels before pixels, tensors under diffusers' names. The pictures are drawn without noise
     (eta 0), the transitions with it. Returns the prompts, and the deviation of the importance ratio from 1.
     """
-    ready = make_ready(config)
+    ready = begin(config)
     run, params = ready.run, moved(ready.state.params)
     key, frozen = jax.random.key(1), run.frozen
     prompts = run.draw(0)
@@ -198,7 +160,7 @@ def make_jobs() -> dict[str, Callable]:
         nonlocal ready
         config = make_config(**cell)
         config.prompts.list = tuple(prompts)
-        ready = make_ready(config)
+        ready = begin(config)
 
     def one_more() -> Phases:
         nonlocal ready

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddpo_jax.workdir import write_atomically
+
 PARTIES = {"ours": "ddpo_jax", "trl": "TRL", "torch": "best torch"}
 PEERS = ("trl", "torch")
 PHASES = {"rollout": "rollout, images/s", "update": "update, samples/s", "total": "end to end, samples/s"}
@@ -61,10 +63,8 @@ def row(cells: Sequence[str]) -> str:
 
 def write(output: Path, results: Mapping[str, Any]) -> None:
     """Writes results.json and results.md, each whole or not at all."""
-    for name, text in {"results.json": json.dumps(results, indent=1), "results.md": markdown(results)}.items():
-        scratch = output / f".{name}"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(output / name)
+    write_atomically(output / "results.json", json.dumps(results, indent=1))
+    write_atomically(output / "results.md", markdown(results))
 
 
 def read(output: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -171,7 +172,7 @@ def cells_of(names: str) -> list[Cell]:
     for name in names.split(","):
         size, _, kind = name.partition("-")
         batch, _, num_steps = size.partition("x")
-        if not (batch.isdigit() and num_steps.isdigit() and kind in ("full", "lora")):
+        if not (re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) and kind in ("full", "lora")):
             sys.exit(f"--cells={name}: expected BATCHxSTEPS-full or BATCHxSTEPS-lora, such as {CELLS[0].name}")
         found.append(Cell(int(batch), int(num_steps), kind == "lora"))
     return found
@@ -187,6 +188,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--core", type=int, help="to run on; the last by default")
     parser.add_argument("--peer_env", type=Path, default=Path("~/.cache/ddpo_jax/peer-venv"))
     flags = parser.parse_args(argv)
+    if flags.repeats < 1:
+        parser.error(f"--repeats={flags.repeats}: expected 1 or more; 5 is usual")
+    if flags.core is not None and flags.core not in os.sched_getaffinity(0):
+        parser.error(f"--core={flags.core}: expected one of {sorted(os.sched_getaffinity(0))}")
     flags.output.mkdir(parents=True, exist_ok=True)
     results = cpu_results.read(flags.output)
     cells = [cell for cell in cells_of(flags.cells) if cpu_results.missing(results, cell.name, flags.repeats)]
@@ -205,7 +210,12 @@ def main(argv: Sequence[str]) -> None:
     }
     with ExitStack() as stack:
         asks = {name: stack.enter_context(party(command)) for name, command in commands.items()}
-        results |= {"machine": machine(), "versions": {name: ask("versions") for name, ask in asks.items()}}
+        here = {"machine": machine(), "versions": {name: ask("versions") for name, ask in asks.items()}}
+        if results["cells"] and any(results[what] != told for what, told in here.items()):
+            sys.exit(
+                f"--output={flags.output}: its cells are of another machine or other versions; give another folder"
+            )
+        results |= here
         results.setdefault("agreement", {})
         for lora in dict.fromkeys(cell.lora for cell in cells):
             of_kind = [cell for cell in cells if cell.lora == lora]

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -104,6 +104,13 @@ def config_of(run: Told) -> ConfigDict:
     config = base.get_config()
     config.update_from_flattened_dict(run.config)
     return config
+
+
+def differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The fields but the seed that two runs were not trained alike in."""
+    return sorted(
+        name for name in config.keys() | other.keys() if name != "seed" and config.get(name) != other.get(name)
+    )
 
 
 def rows_per_sample(config: ConfigDict) -> int:
@@ -226,7 +233,12 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a PNG to write")
     flags, overrides = parser.parse_known_args()
     seeds, control_seeds = ([int(seed) for seed in of.split(",")] for of in (flags.seeds, flags.control_seeds))
-    jobs = list(jobs_of(flags.variants.split(","), seeds, control_seeds))
+    variants = flags.variants.split(",")
+    if unknown := set(variants) - set(VARIANTS):
+        parser.error(f"--variants={min(unknown)}: expected some of {', '.join(VARIANTS)}")
+    if "quickstart" not in variants:
+        parser.error(f"--variants={flags.variants}: the quickstart is missing, which the others are measured by")
+    jobs = list(jobs_of(variants, seeds, control_seeds))
     if flags.trained:
         jobs = [job for job in jobs if (flags.workdir / job.name / "export").is_dir()]
 
@@ -240,6 +252,9 @@ def main() -> None:
         statuses = list(pool.map(run, jobs))
     runs = {job: told.read(flags.workdir / job.name) for job, status in zip(jobs, statuses, strict=True) if not status}
     firsts = {job.variant: run for job, run in reversed(runs.items())}
+    for job, one in runs.items():
+        if differ := differing(one.config, firsts[job.variant].config):
+            sys.exit(f"{flags.workdir / job.name}: not trained as other seeds were, by {', '.join(differ)}; delete it")
     if "quickstart" not in firsts:
         parser.error("no run of the quickstart, which the others are measured by")
     work = {variant: tflop_a_round(config_of(run)) for variant, run in firsts.items()}

@@ -37,10 +37,11 @@ from ddpo_jax.models.pipeline import parse_configs
 from ddpo_jax.sharding import make_layout
 from ddpo_jax.types import PyTree
 from ddpo_jax.update import MicroBatch
+from ddpo_jax.workdir import write_atomically
 
 ALGORITHMS = {"ddpo": "ddpo_is", "dpo": "diffusion_dpo"}
 TIMED = 3.0  # seconds that a program is called again and again for, and
-FEWEST, MOST = 3, 30  # calls
+FEWEST, MOST = 5, 30  # calls
 TRACED = 2  # calls
 
 
@@ -176,15 +177,16 @@ def in_a_row(call: Callable[[], PyTree], count: int) -> list[float]:
 
 
 def measure_program(call: Callable[[], PyTree], compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Seconds of a call, the device's idle share between calls, and where its time goes, after a first call."""
-    (first,) = in_a_row(call, 1)
-    seconds = in_a_row(call, min(max(math.ceil(TIMED / first), FEWEST), MOST))
+    """Seconds of a call, the device's idle share, and where its time goes, after two calls to warm up."""
+    first, second = in_a_row(call, 1) + in_a_row(call, 1)
+    seconds = in_a_row(call, min(max(math.ceil(TIMED / second), FEWEST), MOST))
+    median = statistics.median(seconds)
     found = operations.traced(lambda: in_a_row(call, TRACED), [compiled.as_text()])
     return {
         "first": first,
-        "seconds": statistics.median(seconds),
+        "seconds": median,
         "calls": len(seconds),
-        "idle": found.idle,
+        "idle": None if found.busy is None else max(0.0, 1 - found.busy / (TRACED * median)),
         "operations": found.seconds,
     }
 
@@ -223,6 +225,14 @@ def calls(cell: Cell, arrays: Arrays, num_slices: int) -> dict[str, tuple[tuple,
 
     learn = {"accumulate": (learning, accumulate), "apply": (lambda: (held["state"], held["total"]), apply)}
     return ({"sample": (drawing, sample)} if cell.chunk_size else {}) | (learn if cell.micro_batch_size else {})
+
+
+def check_device(device: jax.Device, sizes: str, expected: str | None) -> None:
+    """Raises UserError where a cell is not to be measured on this one."""
+    if sizes == "full" and device.platform == "cpu":
+        raise UserError("there is no GPU here; --sizes=tiny shows that the suite works")
+    if expected not in (None, device.device_kind):
+        raise UserError(f"this is a {device.device_kind}, and the folder's figures are of {expected}: give another")
 
 
 def measure(cell: Cell, size: Size, keep: Callable[[dict], None]) -> dict[str, Any]:
@@ -266,14 +276,13 @@ def main(argv: Sequence[str]) -> None:
     path = Path(job["path"])
 
     def keep(found: dict) -> None:
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(found))
-        scratch.replace(path)
+        write_atomically(path, json.dumps(found))
 
     cell = Cell(*job["cell"])
     use_cache(job["cache"])
     begin = time.perf_counter()
     try:
+        check_device(jax.devices()[0], job["sizes"], job["device"])
         found = measure(cell, SIZES[job["sizes"]][cell.model], keep)
     except UserError as error:  # such as a kernel that is not to be had here
         found = {"status": "skipped", "why": str(error)}

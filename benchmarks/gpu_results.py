@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.gpu_cells import SIZES, Cell, Size
 from benchmarks.operations import KINDS
 from benchmarks.predict import CHIPS
+from ddpo_jax.workdir import write_atomically
 
 GB = 1e9
 
@@ -27,8 +29,8 @@ How the figures are made. All weights and inputs are random; the programs are th
 - DPO: pairs with cached latents, of two pictures each; to it comes a pair's share of an optimizer step over {pairs}.
 - MFU: FLOPs of the model's own work (benchmarks/flops.py; what is rematerialised is not counted) a second, over the
   chip's peak in bfloat16.
-- Idle: the share of the wall time of two calls in a row in which no operation was on the device, from a trace. The
-  profiler slows the host, so that it is an upper bound.
+- Idle: the share of a call's seconds, as above, for which a trace of two calls has no operation on the device. Kinds
+  of operations are of the trace, in which CUDA graphs are run operation by operation.
 - Peak: what the allocator held at most in the cell's process, compiling included, by the device's own statistics.
 - Cold: seconds from a program's Python to its executable with an empty cache, of which "traced" are Python's own, in
   any case; cached: the same once more, with nothing in the process's memory, from what the first left on disk.
@@ -103,9 +105,10 @@ def end_to_end(name: str, results: Mapping[str, Any]) -> float | None:
 
 
 def recomputed(name: str, results: Mapping[str, Any]) -> float | None:
-    """The same where old log-probs are recomputed."""
-    drawn, taught = best_rollout(name, results), update(name, results)
-    return 1 / (1 / drawn + 2 / taught) if drawn and taught else None
+    """The same where old log-probs are recomputed: each row goes through the gradient program twice."""
+    once, cell = end_to_end(name, results), cell_of(results["cells"][name])
+    rows = size_of(cell, results).num_steps / max(1, cell.micro_batch_size)
+    return 1 / (1 / once + rows * seconds(results["cells"][name], "accumulate")) if once else None
 
 
 def compiling(name: str, results: Mapping[str, Any], kind: str) -> float | None:
@@ -173,11 +176,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The whole of results.md: ratios to the goals, rates, compilation, where time goes, and what was not measured."""
     names = [name for name, found in results["cells"].items() if found.get("programs")]
     size = SIZES[results["sizes"]]["sd15"]
-    devices = sorted({results["cells"][name]["device"] for name in names})
     lines = [
         "# Speed of Stable Diffusion's programs on one device",
         "",
-        f"{', '.join(devices) or 'nothing was measured'}; bfloat16, random weights, sizes: {results['sizes']}.",
+        f"{device_of(results) or 'nothing was measured'}; bfloat16, random weights, sizes: {results['sizes']}.",
         *([] if results["sizes"] == "full" else ["The networks are shrunk: no figure here says anything of speed."]),
         *section("Goals on one H200, SD 1.5 at 512 px, 50 steps", goal_rows(results)),
         *section("Rates", [rate_row(name, results) for name in names]),
@@ -273,15 +275,30 @@ def percent(share: float | None) -> str:
 
 def write(output: Path, results: Mapping[str, Any]) -> None:
     """Writes results.json and results.md, each whole or not at all."""
-    for name, text in {"results.json": json.dumps(results, indent=1), "results.md": markdown(results)}.items():
-        scratch = output / f".{name}"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(output / name)
+    write_atomically(output / "results.json", json.dumps(results, indent=1))
+    write_atomically(output / "results.md", markdown(results))
 
 
 def read(output: Path, sizes: str) -> dict[str, Any]:
-    """What was written there before for these sizes, or what there is before anything was measured."""
+    """What was written there before, or what there is before anything was measured.
+
+    Raises:
+        SystemExit: it is of other sizes.
+    """
     file = output / "results.json"
-    empty = {"sizes": sizes, "flops": {}, "cells": {}}
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else empty
-    return found if found["sizes"] == sizes else empty
+    if not file.exists():
+        return {"sizes": sizes, "flops": {}, "cells": {}}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found["sizes"] != sizes:
+        sys.exit(f"--output={output}: its figures are of --sizes={found['sizes']}; give another folder")
+    return found
+
+
+def device_of(results: Mapping[str, Any]) -> str | None:
+    """What all figures are of; None where there are none."""
+    return next((found["device"] for found in results["cells"].values() if found.get("programs")), None)
+
+
+def timed(found: Mapping[str, Any]) -> int:
+    """Programs of a cell that have been timed."""
+    return sum("seconds" in program for program in found.get("programs", {}).values())

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ LEAST = 45
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".92"}
 
 
-def measure(cell: Cell, sizes: str, *, cache: Path, seconds: float) -> dict[str, Any]:
-    """What the cell's process found in so many seconds at most."""
+def measure(cell: Cell, sizes: str, *, device: str | None, cache: Path, seconds: float) -> dict[str, Any]:
+    """What the cell's process found in so many seconds at most. device: that it has to be, if any."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        job = {"cell": list(cell), "sizes": sizes, "path": str(path), "cache": str(cache)}
+        job = {"cell": list(cell), "sizes": sizes, "device": device, "path": str(path), "cache": str(cache)}
         command = [sys.executable, "-m", "benchmarks.gpu_cell", json.dumps(job)]
         begin, failure = time.monotonic(), {}
         try:
@@ -54,26 +54,25 @@ def measure(cell: Cell, sizes: str, *, cache: Path, seconds: float) -> dict[str,
         return found | failure | {"seconds": time.monotonic() - begin}
 
 
-def count_flops(cells: Sequence[Cell], sizes: str, known: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """FLOPs of a picture and of a row, for each kind of cell."""
+def count_flops(cells: Sequence[Cell], sizes: str, known: Collection[str]) -> Iterator[tuple[str, dict[str, int]]]:
+    """The kinds of cells with the FLOPs of a picture and of a row, but for those that are known by then."""
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and the GPU is left to the cells
-    found = dict(known)
     for cell in cells:
         name = gpu_results.work_name(cell)
-        if name not in found:
+        if name not in known:
             begin, size = time.monotonic(), SIZES[sizes][cell.model]
             xla = cell._replace(attention="xla")
-            found[name] = flops.work(config_of(xla, size), model_of(size))._asdict()
+            yield name, flops.work(config_of(xla, size), model_of(size))._asdict()
             tell(f"{name}: FLOPs counted in {time.monotonic() - begin:.0f} s")
-    return found
 
 
 def wanted(names: str, sizes: str) -> list[Cell]:
     """The cells with these names, with commas between; all where there are none."""
     known = {cell.name: cell for cell in CELLS[sizes]}
-    if unknown := [name for name in filter(None, names.split(",")) if name not in known]:
+    chosen = [name for name in names.split(",") if name] or list(known)
+    if unknown := [name for name in chosen if name not in known]:
         sys.exit(f"--cells={unknown[0]}: expected one of {', '.join(known)}")
-    return [known[name] for name in names.split(",")] if names else list(CELLS[sizes])
+    return [known[name] for name in chosen]
 
 
 def summary(name: str, results: Mapping[str, Any]) -> str:
@@ -98,27 +97,28 @@ def main(argv: Sequence[str]) -> None:
         "--sizes", choices=SIZES, default="full", help="tiny: shrunk networks, for a machine without GPU"
     )
     parser.add_argument("--cells", default="", help="names, with commas between; all by default")
-    parser.add_argument(
-        "--profile", action="store_true", help="the main cell alone, measured anew: where its time goes"
-    )
+    parser.add_argument("--again", action="store_true", help="measure what results.json has, too")
     parser.add_argument("--budget_seconds", type=float, default=500, help="for all cells together")
     flags = parser.parse_args(argv)
     flags.output.mkdir(parents=True, exist_ok=True)
-    cells = wanted(flags.cells, flags.sizes)[: 1 if flags.profile else None]
+    cells = wanted(flags.cells, flags.sizes)
     results = gpu_results.read(flags.output, flags.sizes)
-    results["flops"] = count_flops(cells, flags.sizes, results["flops"])
-    gpu_results.write(flags.output, results)
+    for name, work in count_flops(cells, flags.sizes, results["flops"].keys()):
+        results["flops"][name] = work
+        gpu_results.write(flags.output, results)
     end = time.monotonic() + flags.budget_seconds
     with tempfile.TemporaryDirectory() as cache:
         for cell in cells:
-            before = results["cells"].get(cell.name, {}).get("status")
-            if before in ("measured", "out of memory") and not flags.profile:
+            before = results["cells"].get(cell.name, {})
+            if before.get("status") in ("measured", "out of memory") and not flags.again:
                 continue
             left = end - time.monotonic()
             found = {"status": "skipped", "why": "no time was left"}
             if left >= LEAST:
-                found = measure(cell, flags.sizes, cache=Path(cache), seconds=left)
-            results["cells"][cell.name] = cell._asdict() | found
+                device = gpu_results.device_of(results)
+                found = measure(cell, flags.sizes, device=device, cache=Path(cache), seconds=left)
+            if gpu_results.timed(found) >= gpu_results.timed(before):  # else what there was says more
+                results["cells"][cell.name] = cell._asdict() | found
             gpu_results.write(flags.output, results)
             tell(summary(cell.name, results))
     tell(f"{flags.output / 'results.md'}")

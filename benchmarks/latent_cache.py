@@ -4,7 +4,8 @@ the next round's pictures read ahead and without.
 python -m benchmarks.latent_cache --pairs=96 --batch=32 --folder=runs/latent_cache
 
 Makes a folder of pairs of JPEGs of 512 px, which are read at the 64 of the embedded model. The four ways take turns,
-block by block; a block's first round, whose data nobody read ahead, is not counted, nor are those that fill the cache.
+block by block; a block's first round, whose data nobody read ahead, and its last, beside which nothing is read, are not
+counted, nor are those that fill the cache.
 Prints a JSON line a way: medians over its rounds of pairs a second, of the CPU seconds of all threads, and of the
 seconds that a round waits for its data and that its encoding takes. On a CPU a thread that reads ahead takes its
 seconds from the training; it is worth them where a GPU trains.
@@ -19,22 +20,20 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from benchmarks.read_pairs import pictures
+from benchmarks.rounds import begin, collect, learn
 from configs import quick_dpo
 from ddpo_jax.ahead import one_ahead
-from ddpo_jax.build import Run, build, init_state
+from ddpo_jax.build import Run
 from ddpo_jax.tiny.render import PROMPTS
-from ddpo_jax.update import make_update, optimize
 
 PIXELS = 512
-BLOCKS, ROUNDS = 3, 3  # of each way
+BLOCKS, ROUNDS = 3, 3  # of each way, and counted of each block
 
 
 class Seconds(NamedTuple):
@@ -44,12 +43,6 @@ class Seconds(NamedTuple):
     cpu: float  # of all threads
     waiting: float  # for the data
     encoding: float
-
-
-@contextmanager
-def silent(name, total):
-    """A phase that says nothing."""
-    yield lambda count: None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
                 field: round(statistics.median(getattr(one, field) for one in rounds), 3) for field in Seconds._fields
             }
             print(json.dumps({"way": name, "pairs_per_s": round(flags.batch / medians["all"], 2), **medians}))
-        print(json.dumps({"rounds": BLOCKS * (ROUNDS - 1), "processors": os.cpu_count(), "load": os.getloadavg()[0]}))
+        print(json.dumps({"rounds": BLOCKS * ROUNDS, "processors": os.cpu_count(), "load": os.getloadavg()[0]}))
     finally:
         shutil.rmtree(flags.folder)
 
@@ -106,37 +99,24 @@ def player(flags: argparse.Namespace, cache: str) -> Callable[[bool], list[Secon
         "mesh.data": 1,
     }
     config.update_from_flattened_dict(changes)
-    run = build(config, silent)
-    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0, layout=run.layout)
-    state, done = init_state(run, seed=config.seed, ema=False), 0
+    ready = begin(config)
 
-    def play(ahead: bool, rounds: int = ROUNDS) -> list[Seconds]:
-        nonlocal state, done
-        epochs, told = range(done, done + rounds), []
-        done += rounds
-        with one_ahead(run.draw, epochs) if ahead else in_turn(run, epochs) as take:
-            for epoch in epochs:
-                key, begun, cpu = jax.random.key(epoch), time.monotonic(), time.process_time()
+    def play(ahead: bool, rounds: int = ROUNDS + 2) -> list[Seconds]:
+        """The seconds of the rounds between the first, whose data nobody read ahead, and the last."""
+        nonlocal ready
+        first, told = int(ready.state.epoch), []
+        epochs = range(first, first + rounds)
+        with one_ahead(ready.run.draw, epochs) if ahead else in_turn(ready.run, epochs) as take:
+            for _ in epochs:
+                begun, cpu = time.monotonic(), time.process_time()
                 inputs = take()
                 there = time.monotonic()
-                batch, carry, _ = run.algorithm.collect(state.params, run.frozen, inputs, state.carry, key)
+                batch, ready = collect(ready, inputs)
                 encoded = time.monotonic()
-                state, _ = optimize(
-                    update,
-                    run.algorithm,
-                    state._replace(carry=carry),
-                    run.frozen,
-                    batch,
-                    key,
-                    schedule=run.schedule,
-                    seed=(config.seed, epoch),
-                    phase=silent,
-                    check=lambda first: None,
-                )
-                jax.block_until_ready(state.params)
+                ready = learn(ready, batch)
                 end = time.monotonic()
                 told.append(Seconds(end - begun, time.process_time() - cpu, there - begun, encoded - there))
-        return told[1:]
+        return told[1:-1]
 
     play(False, -(-flags.pairs // flags.batch) + 1)  # compiles, and fills the cache
     return play

@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="sd15,sdxl", help="models, with commas between; sd15:lora:blocks is one row")
     parser.add_argument("--chip", default="h100", help="h100, or a TPU: v5e, v6e, ...")
-    parser.add_argument("--attention", default="xla", help="xla or chunked")
+    parser.add_argument("--attention", default="xla", choices=("xla", "chunked"))
     parser.add_argument("--micro_batch_size", type=int, default=1, help="rows that a gradient program learns from")
     parser.add_argument("--chunk_size", type=int, default=1, help="pictures that a program draws")
     parser.add_argument("--num_samples", type=int, default=64, help="a round; their trajectories stay on the device")
@@ -153,9 +153,12 @@ def main() -> None:
     rows = []
     for wanted in flags.rows.split(","):
         name, *rest = wanted.split(":")
-        for trains, remat, pixels in PLANNED[name]:
-            if rest and rest != [trains, remat][: len(rest)]:
-                continue
+        chosen = [row for row in PLANNED.get(name, ()) if rest == list(row[: len(rest)])]
+        if not chosen:
+            parser.error(
+                f"--rows={wanted}: expected one of {', '.join(PLANNED)}, with :full or :lora and a train.remat"
+            )
+        for trains, remat, pixels in chosen:
             rows.append(measure(name, trains, remat, pixels=pixels, flags=flags))
             print(table(rows)[-1], f"compiled in {rows[-1].seconds:.0f} s", flush=True)
     print("\n".join(["", *table(rows)]))

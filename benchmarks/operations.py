@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,28 +42,26 @@ class Event(NamedTuple):
 class Traced(NamedTuple):
     """A stretch of work."""
 
-    idle: float | None  # the share of the wall time in which no operation was on the device; None: nothing was traced
+    busy: float | None  # seconds in which an operation was on the device; None: nothing was traced
     seconds: dict[str, float]  # of the device, by kind
 
 
 def traced(work: Callable[[], None], programs: Sequence[str]) -> Traced:
     """What the device did meanwhile. work: ends when the device has done it. programs: compiled text of what it calls.
 
-    The profiler slows the host's dispatch, so that the idle share is an upper bound.
+    Meanwhile XLA runs CUDA graphs operation by operation, and the host is slowed: the wall clock says nothing.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder, profiler_options=options)
-        begin = time.perf_counter()
         try:
             work()
         finally:
-            wall = time.perf_counter() - begin
             jax.profiler.stop_trace()
         found = list(Path(folder).rglob("*.xplane.pb"))
         events = [event for path in found for event in read(jax.profiler.ProfileData.from_file(str(path)))]
-    return summarize(events, wall, [kinds_of(text) for text in programs])
+    return summarize(events, [kinds_of(text) for text in programs])
 
 
 def read(data: jax.profiler.ProfileData) -> Iterator[Event]:
@@ -81,14 +78,14 @@ def read(data: jax.profiler.ProfileData) -> Iterator[Event]:
                     yield Event(operation or event.name, event.start_ns, event.duration_ns)
 
 
-def summarize(events: Sequence[Event], wall: float, programs: Sequence[Mapping[str, str]]) -> Traced:
-    """Idle share and seconds by kind. wall: seconds.  programs: operation -> kind, of each program."""
+def summarize(events: Sequence[Event], programs: Sequence[Mapping[str, str]]) -> Traced:
+    """Seconds in all and by kind. programs: operation -> kind, of each program."""
     known = {plain(name): kind for kinds in programs for name, kind in kinds.items()}
     events = [event for event in events if not re.fullmatch(rf"({'|'.join(HOLDING)})[.\d]*", event.name)]
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in events:
         seconds[known.get(plain(event.name)) or kernel_kind(event.name)] += event.duration / 1e9
-    return Traced(max(0.0, 1 - busy(events) / wall) if events else None, seconds)
+    return Traced(busy(events) if events else None, seconds)
 
 
 def busy(events: Sequence[Event]) -> float:

@@ -14,19 +14,16 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from benchmarks import overlap
-from ddpo_jax.build import build, init_state
+from benchmarks.rounds import begin, collect, learn
 from ddpo_jax.command import fail
 from ddpo_jax.config import parse
 from ddpo_jax.errors import UserError
 from ddpo_jax.methods import method_of
-from ddpo_jax.update import make_update, optimize
 
 EPOCHS = 5  # of each
 NAP = [0.0]  # seconds that a chunk's scores take
@@ -38,44 +35,24 @@ def score(images: Float[np.ndarray, "b H W 3"], prompts: Sequence[str]) -> Float
     return images.mean(axis=(1, 2, 3))
 
 
-@contextmanager
-def silent(name, total):
-    """A phase that says nothing."""
-    yield lambda count: None
-
-
 def main(argv: Sequence[str]) -> None:
     config, *_ = parse([*argv, "--config.reward.name=benchmarks.overlap:score"])
-    run = build(config, silent)
-    update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=0.0, layout=run.layout)
-    state = init_state(run, seed=config.seed, ema=False)
-    num_chunks = -(-method_of(config).drawn(config) // (run.parts.chunk_size * run.layout.num_shards))
+    ready = begin(config)
+    num_chunks = -(-method_of(config).drawn(config) // (ready.run.parts.chunk_size * ready.run.layout.num_shards))
 
-    def epoch(number: int, nap: float) -> tuple[float, float]:
+    def epoch(nap: float) -> tuple[float, float]:
         """Seconds of sampling and scoring, and of all."""
-        nonlocal state
+        nonlocal ready
         overlap.NAP[0] = nap
-        key, begun = jax.random.key(number), time.monotonic()
-        batch, carry, _ = run.algorithm.collect(state.params, run.frozen, run.draw(number), state.carry, key)
+        begun = time.monotonic()
+        batch, ready = collect(ready, ready.run.draw(int(ready.state.epoch)))
         collected = time.monotonic()
-        state, _ = optimize(
-            update,
-            run.algorithm,
-            state._replace(carry=carry),
-            run.frozen,
-            batch,
-            key,
-            schedule=run.schedule,
-            seed=(config.seed, number),
-            phase=silent,
-            check=lambda first: None,
-        )
-        jax.block_until_ready(state.params)
+        ready = learn(ready, batch)
         return collected - begun, time.monotonic() - begun
 
-    epoch(0, 0.0)  # compiles
-    nap = epoch(1, 0.0)[0] / num_chunks
-    free, slow = zip(*((epoch(2 * i, 0.0)[1], epoch(2 * i + 1, nap)[1]) for i in range(1, EPOCHS + 1)), strict=True)
+    epoch(0.0)  # compiles
+    nap = epoch(0.0)[0] / num_chunks
+    free, slow = zip(*((epoch(0.0)[1], epoch(nap)[1]) for _ in range(EPOCHS)), strict=True)
     told = {"chunks": num_chunks, "nap": nap, "free": statistics.median(free), "sleeping": statistics.median(slow)}
     print(json.dumps({name: round(value, 3) for name, value in told.items()}))
     print(f"ratio {told['sleeping'] / (told['free'] + nap):.3f}")

@@ -12,6 +12,7 @@ from benchmarks import flops, gpu_cell, gpu_results, gpu_suite, operations, prog
 from benchmarks.gpu_cells import CELLS, SIZES, Cell
 from benchmarks.operations import Event
 from ddpo_jax import process
+from ddpo_jax.errors import UserError
 from ddpo_jax.sharding import make_layout
 
 SD15 = Cell("sd15", "ddpo", "full", "cudnn", "products", 16, 32)
@@ -48,16 +49,48 @@ def test_random_arrays_go_through_the_programs_and_stay_finite(cell):
 
 
 def test_a_program_is_compiled_cold_and_again_from_its_cache():
-    folder = jax.config.jax_compilation_cache_dir
+    folder, told = jax.config.jax_compilation_cache_dir, []
     program = programs.Program(jax.jit(lambda x: jnp.sin(x) @ x), ())
+    x = jnp.ones((8, 8))
+
+    def listen(event, **settings):
+        told.append(event.rpartition("/")[2])
+
+    jax.monitoring.register_event_listener(listen)
     try:
-        compiled, seconds = gpu_cell.compile_twice(program, [jnp.ones((8, 8))])
+        compiled, seconds = gpu_cell.compile_twice(program, [x])
     finally:
+        jax.monitoring.unregister_event_listener(listen)
         gpu_cell.use_cache(folder)
+    assert [event for event in told if event in ("cache_misses", "cache_hits")] == ["cache_misses", "cache_hits"]
     assert 0 < seconds["traced"] < seconds["cold"] and seconds["cached"] > 0
     figures = gpu_cell.measure_program(lambda: compiled(jnp.ones((8, 8))), compiled)
     assert figures["seconds"] > 0 and 0 <= figures["idle"] <= 1
     assert sum(figures["operations"].values()) > 0 == figures["operations"]["attention"]
+
+
+def test_a_cell_is_measured_on_its_own_device_alone():
+    cpu = jax.devices()[0]
+    gpu_cell.check_device(cpu, "tiny", None)
+    gpu_cell.check_device(cpu, "tiny", cpu.device_kind)
+    with pytest.raises(UserError, match="no GPU here"):
+        gpu_cell.check_device(cpu, "full", None)
+    with pytest.raises(UserError, match="the folder's figures are of NVIDIA H200"):
+        gpu_cell.check_device(cpu, "tiny", "NVIDIA H200")
+
+
+@pytest.mark.slow
+def test_a_cell_is_measured_to_its_end():
+    kept = []
+    cell = Cell("sd15", "ddpo", "lora", "xla", "none", 2, 2)
+    folder = jax.config.jax_compilation_cache_dir
+    try:
+        found = gpu_cell.measure(cell, SIZES["tiny"]["sd15"], lambda found: kept.append(json.dumps(found)))
+    finally:
+        gpu_cell.use_cache(folder)
+    assert found["status"] == "measured" and list(found["programs"]) == ["sample", "accumulate", "apply"]
+    assert all(figures["seconds"] > 0 and figures["temporary"] > 0 for figures in found["programs"].values())
+    assert len(kept) == 6 and gpu_results.timed(found) == 3
 
 
 def test_a_cell_that_there_is_no_memory_for_says_so(monkeypatch):
@@ -117,17 +150,17 @@ ENTRY %main (a: f32[2]) -> f32[2] {
     assert expected.items() <= kinds.items()
 
 
-def test_idle_is_what_no_operation_covers():
+def test_the_device_is_busy_where_an_operation_is():
     events = [
         Event("while.3", 0, 9e9),  # only holds the others
         Event("a", 1e9, 2e9),
         Event("b_2", 2e9, 2e9),
         Event("sm90_xmma_fprop_implicit_gemm", 6e9, 1e9),
     ]
-    found = operations.summarize(events, 8.0, [{"a": "matmul", "b.2": "copies"}])
-    assert found.idle == pytest.approx(1 - 4 / 8)
+    found = operations.summarize(events, [{"a": "matmul", "b.2": "copies"}])
+    assert found.busy == pytest.approx(4)
     assert found.seconds == {"convolution": 1, "matmul": 2, "attention": 0, "elementwise": 0, "copies": 2}
-    assert operations.summarize([], 8.0, []).idle is None
+    assert operations.summarize([], []).busy is None
 
 
 def test_of_a_gpu_its_streams_are_read():
@@ -185,7 +218,7 @@ def test_rates_by_hand(results):
     # 50 rows a sample, 32 at a time; 64 samples share an optimizer step
     assert gpu_results.update(name, results) == pytest.approx(1 / (50 * 0.32 / 32 + 0.064 / 64))
     assert gpu_results.end_to_end(name, results) == pytest.approx(1 / (0.25 + 0.501))
-    assert gpu_results.recomputed(name, results) == pytest.approx(1 / (0.25 + 2 * 0.501))
+    assert gpu_results.recomputed(name, results) == pytest.approx(1 / (0.25 + 2 * 0.5 + 0.001))
     assert gpu_results.pairs(DPO.name, results) == pytest.approx(1 / (0.5 / 32 + 0.2048 / 2048))
     assert gpu_results.mfu(name, results, "rollout") == pytest.approx(16 * 80 / 4 / 989)
     assert gpu_results.mfu(name, results, "row") == pytest.approx(32 * 5 / 0.32 / 989)
@@ -196,7 +229,8 @@ def test_rates_by_hand(results):
 def test_the_tables(results, tmp_path):
     gpu_results.write(tmp_path, results)
     assert gpu_results.read(tmp_path, "full") == results
-    assert gpu_results.read(tmp_path, "tiny")["cells"] == {}
+    with pytest.raises(SystemExit, match="its figures are of --sizes=full; give another folder"):
+        gpu_results.read(tmp_path, "tiny")
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert f"| rollout, images/s | 0.678 | 4 | 5.9 | {SD15.name} |" in lines
     assert f"| cold compile, s | 1.5 | 60 | 90 | {SD15.name} |" in lines
@@ -219,7 +253,7 @@ def test_what_a_cell_has_measured_is_kept_when_it_is_cut_off_or_dies(results, tm
         (gpu_suite.Path(job["path"])).write_text(json.dumps({"status": "skipped", "why": "no such kernel"}))
 
     monkeypatch.setattr(gpu_suite.subprocess, "run", run)
-    monkeypatch.setattr(gpu_suite, "count_flops", lambda cells, sizes, known: known)
+    monkeypatch.setattr(gpu_suite, "count_flops", lambda cells, sizes, known: [])
     output = [f"--output={tmp_path}", "--sizes=tiny"]
     gpu_suite.main([*output, "--budget_seconds=0"])
     assert {cell["status"] for cell in gpu_results.read(tmp_path, "tiny")["cells"].values()} == {"skipped"}
@@ -228,5 +262,7 @@ def test_what_a_cell_has_measured_is_kept_when_it_is_cut_off_or_dies(results, tm
     assert first["status"] == "cut off" and first["programs"]["sample"]["seconds"] == 1.0
     assert (second["status"], second["why"]) == ("failed", "exit status -11; its message is above")
     assert (third["status"], third["why"]) == ("skipped", "no such kernel")
+    gpu_suite.main([*output, "--budget_seconds=0"])
+    assert gpu_results.read(tmp_path, "tiny")["cells"][CELLS["tiny"][0].name] == first
     with pytest.raises(SystemExit, match="--cells=sd9: expected one of sd15-ddpo-full"):
         gpu_suite.main([*output, "--cells=sd9"])
