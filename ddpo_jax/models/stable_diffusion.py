@@ -149,19 +149,17 @@ def make_model(
     kernel: str = "xla",
 ) -> Model:
     """The pure functions of a Stable Diffusion with these configurations. kernel: of the denoiser's attention."""
-    encoders = {part: CLIPTextModel(config, dtype) for part, config in configs.text.items()}
-    unet = UNet2DConditionModel(configs.unet, dtype, remat, kernel)
+    encoders = {part: _function(CLIPTextModel(config, dtype)) for part, config in configs.text.items()}
+    unet = _function(UNet2DConditionModel(configs.unet, dtype, remat, kernel))
     vae = AutoencoderKL(configs.vae, vae_dtype(configs, dtype))
+    vae_encode, vae_decode = _function(vae, "encode"), _function(vae, "decode")
     scale = configs.vae.scaling_factor
     shape = latent_shape(configs, resolution)
     side = shape[0] * configs.vae.reduction
 
     def encode_text(params: PyTree, tokens: Int[Array, "b s"]) -> Condition:
         parts = jnp.split(tokens, len(encoders), axis=1)
-        states = [
-            encoder.apply({"params": params[part]}, own)
-            for (part, encoder), own in zip(encoders.items(), parts, strict=True)
-        ]
+        states = [encoder(params[part], own) for (part, encoder), own in zip(encoders.items(), parts, strict=True)]
         if configs.unet.time_id_size is None:
             return Condition(states[0].last)
         # Micro-conditioning: a picture that was neither resized nor cropped (Podell et al. 2023, Sec. 2.2).
@@ -178,27 +176,37 @@ def make_model(
     def predict(
         params: PyTree, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Condition
     ) -> Float[Array, "b h w c"]:
-        return unet.apply({"params": params}, x_t, t, *cond).astype(jnp.float32)
+        return unet(params, x_t, t, *cond).astype(jnp.float32)
 
     def predict_each(
         params: PyTree, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], conds: Sequence[Condition]
     ) -> list[Float[Array, "b h w c"]]:
         several = (None if parts[0] is None else parts for parts in zip(*conds, strict=True))
-        out = unet.apply({"params": params}, x_t, t, *several).astype(jnp.float32)
+        out = unet(params, x_t, t, *several).astype(jnp.float32)
         return list(jnp.moveaxis(out.reshape(len(x_t), len(conds), *out.shape[1:]), 1, 0))
 
     def encode(params: PyTree, images: Float[Array, "b H W 3"]) -> Posterior:
-        return Posterior(*vae.apply({"params": params}, 2.0 * images - 1.0, method="encode"))
+        return Posterior(*vae_encode(params, 2.0 * images - 1.0))
 
     def sample_latent(posterior: Posterior, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
         eps = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
         return scale * (posterior.mean + jnp.exp(0.5 * posterior.log_variance) * eps)
 
     def decode(params: PyTree, x_0: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-        pixels = vae.apply({"params": params}, x_0 / scale, method="decode")
+        pixels = vae_decode(params, x_0 / scale)
         return jnp.clip(0.5 * pixels + 0.5, 0.0, 1.0)
 
     return Model(encode_text, encode_empty, predict, encode, sample_latent, decode, noise, shape, predict_each)
+
+
+@functools.cache
+def _function(module: nn.Module, method: str | None = None) -> Callable:
+    """params, *inputs -> the module's output; traced once for inputs of the same shapes, whatever programs call it."""
+
+    def apply(params: PyTree, *inputs: PyTree) -> PyTree:
+        return module.apply({"params": params}, *inputs, method=method)
+
+    return jax.jit(apply, inline=True)
 
 
 def latent_shape(configs: Configs, resolution: int | None) -> tuple[int, int, int]:
