@@ -18,11 +18,13 @@ def counted(folder, **changes):
 
 def test_work_follows_from_steps_guidance_and_what_is_trained(small_folder):
     plain = counted(small_folder)
-    guided = counted(small_folder, **{"sample.num_steps": 5, "sample.guidance_scale": 5.0})
-    forward = (guided.rollout - plain.rollout) / (5 * 2 - 2)
+    longer = counted(small_folder, **{"sample.num_steps": 5})
+    forward = (longer.rollout - plain.rollout) / (5 - 2)
     assert 0 < 2 * forward < plain.rollout
     assert plain.row == pytest.approx(3 * forward, rel=0.05)  # the first layer's input has no gradient
-    assert guided.row == pytest.approx(2 * plain.row, rel=0.02)
+    guided = counted(small_folder, **{"sample.guidance_scale": 5.0})
+    assert 0.9 * 2 * plain.row < guided.row < 2 * plain.row  # what comes before the first look at the text is shared
+    assert 0.9 * 2 * 2 * forward < guided.rollout - plain.rollout + 2 * forward < 2 * 2 * forward
     # adapters spare their kernels' gradients, and nothing that is computed twice is counted
     again = {"train.remat": "full", "train.old_log_prob": "recompute"}
     lora = counted(small_folder, **{"train.lora_rank": 2}, **again)

@@ -254,7 +254,7 @@ def truncated_model(folder, tmp_path):
         ({"train.clip_range": float("nan")}, 2, "train.clip_range=nan: expected a finite number"),
         ({"train.adam_weight_decay": -5.0}, 2, "train.adam_weight_decay=-5.0: expected 0 or more"),
         ({"train.min_timestep": 900}, 2, "train.min_timestep=900: expected at most"),
-        ({"sample.window": 5}, 2, "sample.window=5: expected 0 (off) to sample.num_steps=4"),
+        ({"sample.window": 5}, 2, "sample.window=5: expected 0 (off) to 4"),
         ({"sample.window": 1, "algorithm": "rwr"}, 2, "sample.window=1: only the ddpo algorithms know it"),
         ({"train.min_timestep": -1}, 2, "train.min_timestep=-1: expected 0 or more"),
         (empty_prompts, 2, "no prompt in it"),
