@@ -67,12 +67,12 @@ product.defvjp(_product, _product_gradient)
 
 
 def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """x Φ(x) by erf, in float32 at least, as torch has it.
+    """x Φ(x) by erf, with Φ in float32 at least.
 
     1 + erf loses digits below 0. XLA has one formula for erf, where it has two for the erfc of jax.nn.gelu.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+    return x * (0.5 * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def in_turn(parts: Sequence[Float[Array, "_ ..."]]) -> Float[Array, "B ..."]:

@@ -268,14 +268,19 @@ def _several(condition: Float[Array, "b ..."] | tuple[Float[Array, "_ ..."], ...
     return condition if isinstance(condition, tuple) else (condition,)
 
 
-def _keep_products(prim, *_, **params) -> bool:
+def _keep_products(prim, *inputs, **params) -> bool:
     """Whether the outputs of a convolution, or of a product with a weight, are kept: what costs most to compute again.
 
-    Products with a batch dimension are attention's: their outputs are its largest.
+    Products with a batch dimension are attention's: their outputs are its largest. Nor is a GEGLU's first, which is
+    eight times as wide as its input: all of them are over a third of what would be kept of Stable Diffusion 1.5, and
+    an eighth of its forward pass.
     """
     if prim is jax.lax.conv_general_dilated_p:
         return True
-    return prim is jax.lax.dot_general_p and not any(params["dimension_numbers"][1])
+    if prim is not jax.lax.dot_general_p or any(params["dimension_numbers"][1]):
+        return False
+    kernel = inputs[1].shape
+    return kernel[-1] < 8 * kernel[0]
 
 
 class UNet2DConditionModel(nn.Module):

@@ -204,7 +204,7 @@ def test_remat_keeps_less_and_less():
         return sum(leaf.size for leaf in jax.tree.leaves(backward)) - sum(x.size for x in jax.tree.leaves(params))
 
     none, products, blocks, full = map(kept, REMAT)
-    assert none > 1.5 * products > 3 * blocks
+    assert none > 2 * products > 3 * blocks
     assert full == blocks  # which differ in what a block's own backward pass holds
 
 
