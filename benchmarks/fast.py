@@ -31,6 +31,7 @@ from configs import base
 from ddpo_jax import process, window
 from ddpo_jax.report import told
 from ddpo_jax.report.told import Told, digits, signed
+from ddpo_jax.workdir import MAY_DIFFER
 
 QUICKSTART, FAST = "configs/quickstart.py", "configs/fast.py"
 # Published DDPO: all steps, and each prompt's own mean and deviation of all that it has got so far.
@@ -107,10 +108,9 @@ def config_of(run: Told) -> ConfigDict:
 
 
 def differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The fields but the seed that two runs were not trained alike in."""
-    return sorted(
-        name for name in config.keys() | other.keys() if name != "seed" and config.get(name) != other.get(name)
-    )
+    """The fields that two runs were not trained alike in, but for the seed."""
+    common = config.keys() & other.keys() - {"seed", *MAY_DIFFER}  # a run from before a field has none
+    return sorted(name for name in common if config[name] != other[name])
 
 
 def rows_per_sample(config: ConfigDict) -> int:
