@@ -107,7 +107,7 @@ CELLS = {
         Cell("sd15", "ddpo", "lora", "cudnn", "products", 16, 32),
         Cell("sd15", "dpo", "full", "cudnn", "products", 0, 32),
         Cell("sdxl", "ddpo", "lora", "cudnn", "products", 4, 4),
-        Cell("sd15", "ddpo", "full", "xla", "products", 16, 8),  # 70 GB, by benchmarks.memory
+        Cell("sd15", "ddpo", "full", "xla", "products", 16, 8),  # at most 70 GB, by benchmarks.memory
         Cell("sd15", "ddpo", "full", "cudnn", "none", 32, 16),
         Cell("sd15", "ddpo", "full", "cudnn", "blocks", 0, 64),
         Cell("sd15", "ddpo", "full", "cudnn", "products", 0, 64),

@@ -150,7 +150,7 @@ def get_config() -> ConfigDict:
     # What of the UNet's forward pass is kept for the backward pass; the rest is computed again. "none" keeps all,
     # "products" the outputs of convolutions and linear layers but a feed-forward's first (a tenth more work, two fifths
     # of the memory), "blocks" what goes into each block (a third more work), "full" the same, and inside a block it
-    # keeps one layer at a time (two thirds more). The README has the bytes. No effect on CPU.
+    # keeps one layer at a time (two thirds more). The README has the bytes. Little effect on CPU.
     train.remat = "products"
     # PPO's clip range of the importance ratio. Larger learns faster, and less safely.
     train.clip_range = 1e-4

@@ -66,3 +66,20 @@ def test_the_table_measures_by_the_quickstart(tmp_path):
     assert rows["fast"][-2:] == ["1.500 (1.000 to 2.000)", "38% (25% to 50%)"]
     fast.draw(tmp_path / "picture.png", curves)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_runs_that_were_trained_otherwise_are_told_apart():
+    """But for the seed, what only rounds, and what one of them did not know yet."""
+    config = {"seed": 0, "train.learning_rate": 1e-4, "train.remat": "none", "sample.num_steps": 4}
+    alike = {
+        "seed": 1,
+        "train.learning_rate": 1e-4,
+        "train.remat": "products",
+        "sample.window": 0,
+        "sample.num_steps": 4,
+    }
+    assert fast.differing(config, alike) == []
+    assert fast.differing(config, alike | {"sample.num_steps": 5, "train.learning_rate": 1e-5}) == [
+        "sample.num_steps",
+        "train.learning_rate",
+    ]
