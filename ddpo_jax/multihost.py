@@ -245,6 +245,12 @@ def watching(watch: Callable[[], None]) -> Callable[[], None]:
     return watch_all
 
 
+def settle() -> None:
+    """Waits for the programs under way. All processes have begun the same; whoever left now would break the others'."""
+    with suppress(Exception):  # what they failed with is told elsewhere
+        jax.block_until_ready(jax.live_arrays())
+
+
 def leave(status: int, *, seconds: int | float) -> None:
     """Ends this process if it is one of several, once all have come to their end or so many seconds have passed.
 

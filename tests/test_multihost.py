@@ -209,6 +209,46 @@ multihost.leave(0, seconds=60)
 """
 
 
+STOPPED = """
+import os, sys, time
+import jax
+from jax.sharding import PartitionSpec
+from ddpo_jax import train
+from ddpo_jax.errors import Preempted
+from ddpo_jax.main import main
+
+def stopped(*arguments, **keywords):
+    mesh = jax.make_mesh((8,), ("data",))
+
+    def sums(x, y):
+        def step(carry, _):
+            return jax.tree.map(lambda leaf: leaf / 8, jax.lax.psum(carry, "data")), None
+        return jax.lax.scan(step, (x, y), None, length=10_000)[0]
+
+    whole = PartitionSpec()
+    many = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False))
+    under_way = many(jax.numpy.ones(128), jax.numpy.ones(()))
+    raise Preempted("stopped")
+
+train.optimize = stopped
+leave_now = os._exit
+
+def leave_later(status):
+    time.sleep(2 * (jax.process_index() == 0))
+    leave_now(status)
+
+os._exit = leave_later
+main(sys.argv[1:])
+"""
+
+
+def test_none_leaves_while_a_program_of_all_is_under_way(small_folder, test_cache, tmp_path):
+    """What the first waits for from the second would never come."""
+    program = Processes(test_cache, flags(small_folder, tmp_path / "run"), program=("-c", STOPPED))
+    statuses, outputs = program.wait(2 * PATIENCE)
+    assert statuses == [75, 75], "\n".join(outputs)
+
+
 @pytest.mark.slow
 def test_two_processes_fill_one_cache_of_latents(small_folder, test_cache, tmp_path):
     """Each keeps what its own devices encoded; then all is there for both, and for one process alone."""
