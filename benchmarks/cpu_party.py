@@ -6,7 +6,6 @@ Started by benchmarks.cpu_suite; jobs and answers as in benchmarks/peers/protoco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from benchmarks.peers.protocol import Phases, serve, timed
 from benchmarks.rounds import Ready, begin, collect, learn
 from configs import base
-from ddpo_jax import convert
+from ddpo_jax import convert, runtime
 from ddpo_jax.policy import make_policy, make_sampler, sample_keys
 from ddpo_jax.starts import environment
 from ddpo_jax.types import PyTree
@@ -176,5 +175,5 @@ def make_jobs() -> dict[str, Callable]:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/ddpo_jax").expanduser()))
+    runtime.set_up("~/.cache/ddpo_jax")  # as every command of ddpo_jax does
     serve(make_jobs())

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpo_jax import prompt_flags, sampling, saved, scoring, starts
+from ddpo_jax import prompt_flags, runtime, sampling, saved, scoring, starts
 from ddpo_jax.command import base_of, check_output, describe, run_command
 from ddpo_jax.drawn import Drawn, draw_and_score, is_embedded, load_features, try_out
 from ddpo_jax.errors import UserError
@@ -114,7 +114,7 @@ def prepare(flags: argparse.Namespace, fields: Sequence[str]) -> Plan:
     """Raises UserError or RunStopped for all that can be told before a picture is drawn."""
     sampling.check_sampling_flags(flags, "num_images", "num_prompts")
     check_output(flags.output.expanduser())
-    sampling.keep_programs(flags)
+    runtime.set_up(flags.compilation_cache)
     sources = [flags.model, *([flags.against] if flags.against else [])]
     models = [load(source, flags, sources) for source in sources]
     check_shapes(models, sources)

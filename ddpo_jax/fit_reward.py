@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ddpo_jax import bradley_terry, preferences
+from ddpo_jax import bradley_terry, preferences, runtime
 from ddpo_jax.bradley_terry import MIN_PROMPTS, PATIENCE, Comparisons, Fitted
 from ddpo_jax.command import check_output, describe, run_command
 from ddpo_jax.errors import UserError
@@ -67,8 +67,7 @@ def fit_reward(flags: argparse.Namespace) -> None:
         RunStopped: nothing finite was learned.
     """
     settings, output = read_settings(flags), flags.output.expanduser()
-    if flags.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
+    runtime.set_up(flags.compilation_cache)
     resolution = flags.resolution or preferences.shorter_side(flags.data)
     source = preferences.open_source(flags.data, resolution=resolution)
     count = count_of(source, flags)

@@ -8,7 +8,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from ddpo_jax.command import EXIT_STOPPED, EXIT_USER_ERROR, fail, quieten
 from ddpo_jax.config import parse
@@ -48,13 +47,11 @@ def run(argv: list[str]) -> int:
     try:
         with preemptible() as watch:
             config, workdir, processes = parse(argv)
-            import jax  # after the signal handler and the flags: it takes seconds
-
-            from ddpo_jax import multihost
+            # After the signal handler and the flags: JAX takes seconds to import.
+            from ddpo_jax import multihost, runtime
             from ddpo_jax.train import train
 
-            if config.compilation_cache:
-                jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+            runtime.set_up(config.compilation_cache)
             multihost.initialize(processes)
             train(config, workdir, argv, watch)
     except UserError as error:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ddpo_jax import experts, preferences, prompt_flags, sampling, saved, scoring, starts
+from ddpo_jax import experts, preferences, prompt_flags, runtime, sampling, saved, scoring, starts
 from ddpo_jax.command import base_of, check_output, describe, run_command
 from ddpo_jax.data import PromptSet
 from ddpo_jax.drawn import is_embedded, try_out
@@ -79,7 +79,7 @@ def make_pairs(flags: argparse.Namespace, fields: Sequence[str], line: str = "")
     """
     output = flags.output.expanduser()
     check(flags, output)
-    sampling.keep_programs(flags)
+    runtime.set_up(flags.compilation_cache)
     loaded = saved.load(flags.model, dtype=flags.compute_dtype, resolution=flags.resolution, base=base_of(flags))
     configs = [loaded.config] if loaded.config else []
     origin, prompts = prompt_flags.read_prompts(flags, configs)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
-from ddpo_jax import data, metrics, saved
+from ddpo_jax import data, metrics, runtime, saved
 from ddpo_jax.command import base_of, check_output, describe, run_command
 from ddpo_jax.errors import UserError
 from ddpo_jax.sampling import (
@@ -30,7 +30,6 @@ from ddpo_jax.sampling import (
     as_bytes,
     check_sampling_flags,
     draw_all,
-    keep_programs,
     make_draw,
     settings_of,
     tell_too_long,
@@ -66,7 +65,7 @@ def sample(flags: argparse.Namespace) -> None:
     output = flags.output.expanduser()
     check_output(output)
     texts = read_prompts(flags)
-    keep_programs(flags)
+    runtime.set_up(flags.compilation_cache)
     loaded = saved.load(flags.model, dtype=flags.compute_dtype, resolution=flags.resolution, base=base_of(flags))
     settings = settings_of(flags, [loaded.config] if loaded.config else [])
     tell_too_long(loaded, texts)

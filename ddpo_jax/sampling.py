@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -65,12 +64,6 @@ def check_sampling_flags(flags: argparse.Namespace, *counts: str) -> None:
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed={flags.seed}: expected 0 to 2^32 - 1")
     check_sampling(flags.eta, GUIDANCE_SCALE if flags.guidance_scale is None else flags.guidance_scale)
-
-
-def keep_programs(flags: argparse.Namespace) -> None:
-    """Sets where compiled programs are kept, as --compilation_cache says."""
-    if flags.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
 
 
 def settings_of(flags: argparse.Namespace, configs: Sequence[ConfigDict]) -> Settings:

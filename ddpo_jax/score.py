@@ -21,11 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from ddpo_jax import rewards
+from ddpo_jax import rewards, runtime
 from ddpo_jax.command import check_output, describe, run_command
 from ddpo_jax.errors import UserError
 from ddpo_jax.picture_folder import Entry, list_pictures, read_all
@@ -79,8 +78,7 @@ def score(flags: argparse.Namespace, fields: Sequence[str]) -> None:
     without = sum(not entry.text for entry in entries)
     if without:
         note(f"{without} of {len(entries)} pictures have no prompt, and an empty one is scored; --prompt=TEXT gives it")
-    if flags.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
+    runtime.set_up(flags.compilation_cache)
     reward, params = rewards.make(flags.reward, settings)
     begin = time.monotonic()
     values, reasons = score_all(reward, params, entries, chunk_size=flags.chunk_size, in_flight=settings.num_workers)

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpo_jax"
 ORDER = [
     *("types", "errors", "words", "pictures", "plugins", "statistics", "workdir", "config", "command", "ahead"),
     *(
+        "runtime",
         "multihost",
         "process",
         "losses",

@@ -223,7 +223,7 @@ def stopped(*arguments, **keywords):
     def sums(x, y):
         def step(carry, _):
             return jax.tree.map(lambda leaf: leaf / 8, jax.lax.psum(carry, "data")), None
-        return jax.lax.scan(step, (x, y), None, length=10_000)[0]
+        return jax.lax.scan(step, (x, y), None, length=3_000)[0]
 
     whole = PartitionSpec()
     many = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False))
