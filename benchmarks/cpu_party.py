@@ -175,5 +175,5 @@ def make_jobs() -> dict[str, Callable]:
 
 
 if __name__ == "__main__":
-    runtime.set_up("~/.cache/ddpo_jax")  # as every command of ddpo_jax does
+    runtime.set_up("~/.cache/ddpo_jax")  # as a training does
     serve(make_jobs())

@@ -30,6 +30,7 @@ from ddpo_jax.types import PyTree
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process is taken for dead, and the others end
 MEETING = 5  # seconds that a process which cannot go on waits for the others to hear of it
+SETTLING = 20  # seconds that those which stop together wait for what they have begun: a cluster gives 30 in all
 BUSY = 24 * 3600  # seconds that one may be busy while the others wait for it
 
 _meetings = itertools.count()  # as many on every process
@@ -245,10 +246,21 @@ def watching(watch: Callable[[], None]) -> Callable[[], None]:
     return watch_all
 
 
-def settle() -> None:
-    """Waits for the programs under way. All processes have begun the same; whoever left now would break the others'."""
-    with suppress(Exception):  # what they failed with is told elsewhere
-        jax.block_until_ready(jax.live_arrays())
+def settle(seconds: int | float) -> None:
+    """Waits so long for the programs under way whose results are still held, if there are several processes.
+
+    All have begun the same, as a rule, and whoever left now would break the others'. Those that an error parted have
+    not, and would wait for ever.
+    """
+
+    def wait() -> None:
+        with suppress(Exception):  # what they failed with is told elsewhere
+            jax.block_until_ready(jax.live_arrays())
+
+    if jax.process_count() > 1:
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        waiting.join(seconds)
 
 
 def leave(status: int, *, seconds: int | float) -> None:

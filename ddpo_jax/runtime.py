@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def set_up(compilation_cache: str) -> None:
-    """Compiled programs are kept in that folder, unless it is ""; on a processor so is the memory that they free."""
+    """Keeps compiled programs in that folder (nowhere if it is ""), and on CPU the memory that programs free."""
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
     keep_freed_memory()
@@ -23,22 +23,24 @@ def set_up(compilation_cache: str) -> None:
 def keep_freed_memory() -> None:
     """Lets malloc keep what a program frees, for the next one.
 
-    On a processor XLA takes a program's scratch memory from malloc at each call, and frees it after. glibc would map so
-    large a block anew each time, and the kernel would clear it page by page: a quarter of the embedded model's update.
-    The process stays as large as it once was. Does nothing where an accelerator may be, whose scratch memory JAX keeps
-    itself, nor beside another malloc.
+    On CPU XLA takes a program's scratch memory from malloc at each call, and frees it after. glibc would map so large a
+    block anew each time, and the kernel would clear it page by page: a quarter of the embedded model's update. What the
+    process has had it keeps, holes between its blocks as well. Does nothing where an accelerator may be, whose scratch
+    memory JAX keeps itself, and where the environment has settings of malloc's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None or not _on_processor():
+    own = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
+    if mallopt is None or own or not _on_cpu():
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
-    # Programs run on the main thread then: glibc would map what is above 64 MB for any other. One arena for all threads
-    # does it too, but those of the compiler wait for it, a third longer.
+    # With one device a program then runs on the thread that calls it, the main one: glibc would map what is above 64 MB
+    # for any other. To have one arena for all threads does it too, but the compiler's wait for each other there, and
+    # take a third longer.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def _on_processor() -> bool:
+def _on_cpu() -> bool:
     """Whether JAX finds no accelerator: it was told so, or has no plugin for one."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
+    platforms = jax.config.jax_platforms
     return platforms == "cpu" if platforms else not (find_spec("jax_plugins") or find_spec("libtpu"))

@@ -170,7 +170,7 @@ def loop(
     except BaseException as error:
         # An error, a signal: each leaves the last whole round on disk. Of several processes all save, or none can.
         if multihost.meet(multihost.MEETING):
-            multihost.settle()
+            multihost.settle(multihost.SETTLING)  # while the frames hold what is under way
             traceback.clear_frames(error.__traceback__)  # what the broken-off round holds on the devices
             boundary.save(manager)
         raise

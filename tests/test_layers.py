@@ -30,3 +30,13 @@ def test_doubling_and_convolving_at_once(shape):
 
         for found, expected in zip(*(jax.tree.leaves(gradients(f)) for f in (at_once, doubled)), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_doubling_in_half_precision():
+    """Rounds its kernels' sums, as it rounds its kernels."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 64))
+    params = Upsample().init(jax.random.key(1), x)["params"]
+    exact = Upsample().apply({"params": params}, x)
+    half = Upsample(jnp.bfloat16).apply({"params": params}, x)
+    assert half.dtype == jnp.bfloat16
+    assert jnp.linalg.norm(half - exact) < 0.005 * jnp.linalg.norm(exact)

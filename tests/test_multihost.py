@@ -227,7 +227,8 @@ def stopped(*arguments, **keywords):
 
     whole = PartitionSpec()
     many = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False))
-    under_way = many(jax.numpy.ones(128), jax.numpy.ones(()))
+    under_way = many(jax.numpy.ones(128), jax.numpy.ones(()))  # is held, as the update holds its gradients
+    print("under way:", not under_way[0].is_ready(), flush=True)
     raise Preempted("stopped")
 
 train.optimize = stopped
@@ -247,6 +248,7 @@ def test_none_leaves_while_a_program_of_all_is_under_way(small_folder, test_cach
     program = Processes(test_cache, flags(small_folder, tmp_path / "run"), program=("-c", STOPPED))
     statuses, outputs = program.wait(2 * PATIENCE)
     assert statuses == [75, 75], "\n".join(outputs)
+    assert all("under way: True" in output for output in outputs)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -131,7 +131,8 @@ class Upsample(nn.Module):
 class DoublingConv(nn.Module):
     """A 3x3 convolution of a map whose every pixel stands for 2x2 equal ones, in 4/9 of its products.
 
-    Of three rows under the kernel two are one row of x. So each of a pixel's four results is a 2x2 convolution of x.
+    Of three rows under the kernel two are one row of x. So each of a pixel's four results is a 2x2 convolution of x,
+    with sums of the kernel's taps, which a narrow dtype rounds. Measured on CPU alone: half the time.
     """
 
     features: int
@@ -144,18 +145,20 @@ class DoublingConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
 
-        def result(kernel: Float[Array, "2 2 c f"], padding: tuple[tuple[int, int], ...]) -> Float[Array, "b h w f"]:
-            return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        def convolve(taps: Float[Array, "2 2 c f"], padding: tuple[tuple[int, int], ...]) -> Float[Array, "b h w f"]:
+            taps, layout = taps.astype(self.dtype), ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(x, taps, (1, 1), padding, dimension_numbers=layout)
 
-        def halves(kernel: Float[Array, "..."], axis: int):
-            """Of the first and the second of two results along an axis: the kernel, and what is padded."""
-            first, middle, last = jnp.split(kernel, 3, axis)
+        def pairs(taps: Float[Array, "..."], axis: int) -> Iterator[tuple[Float[Array, "..."], tuple[int, int]]]:
+            """Of the first and the second of two results along an axis: two taps of three, and what is padded."""
+            first, middle, last = jnp.split(taps, 3, axis)
             yield jnp.concatenate([first, middle + last], axis), (1, 0)
             yield jnp.concatenate([first + middle, last], axis), (0, 1)
 
+        wide = kernel.astype(jnp.promote_types(self.dtype, jnp.float32))
         rows = [
-            jnp.stack([result(part, (above, beside)) for part, beside in halves(row, 1)], axis=3)
-            for row, above in halves(kernel, 0)
+            jnp.stack([convolve(taps, (above, beside)) for taps, beside in pairs(row, 1)], axis=3)
+            for row, above in pairs(wide, 0)
         ]
         return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, self.features) + bias[None, None, None]
 

@@ -97,7 +97,7 @@ def _of_group(values: Float[Array, "b c"], num_groups: int) -> Float[Array, "b c
     def spread(means):
         return jnp.repeat(means, size, axis=-1)
 
-    def product(means):  # exact, and written out, where XLA would look up each pixel's group in every loop
+    def product(means):  # the same for finite means; written out, where XLA would look up each pixel's group in a loop
         of_channels = jnp.repeat(jnp.eye(num_groups, dtype=means.dtype), size, axis=-1)
         return jnp.dot(means, of_channels, precision="highest")
 

@@ -35,8 +35,9 @@ class Scores(NamedTuple):
 def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -> Reward:
     """A reward that JAX can trace: pure(params, images, inputs) -> (b,), with inputs = prepare(prompts), an array tree.
 
-    `submit` only dispatches. `pure` stays in the Reward as it was given, to be differentiated; it then sees pictures
-    as they come. When it is scored, a non-finite picture is a black one to it, and its score is dropped.
+    `submit` only dispatches, but on one CPU device, where it waits. `pure` stays in the Reward as it was given, to be
+    differentiated; it then sees pictures as they come. When it is scored, a non-finite picture is a black one to it,
+    and its score is dropped.
 
     Raises: UserError from `submit` if `pure` returns another shape, from `result` if pixels are outside [0, 1].
     """
@@ -55,11 +56,16 @@ def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -
             )
         return jnp.where(present, scores, jnp.nan), shown.min(), shown.max()
 
+    def failed(error: Exception) -> RunStopped:
+        return RunStopped(f"reward {name} failed on the device ({type(error).__name__}: {error})")
+
     def submit(params: PyTree, images: PixelBatch, prompts: Prompts) -> PyTree:
         try:
             return score(params, images, prepare(prompts))
         except UserError:
             raise
+        except jax.errors.JaxRuntimeError as error:
+            raise failed(error) from error
         except Exception as error:
             raise RunStopped(f"reward {name} raised {type(error).__name__} while traced: {error}") from error
 
@@ -69,7 +75,7 @@ def on_device(name: str, pure: Callable, prepare: Callable[[Prompts], PyTree]) -
             rows, own = local_rows(scores)
             lowest, highest = map(float, bounds)
         except Exception as error:
-            raise RunStopped(f"reward {name} failed on the device ({type(error).__name__}: {error})") from error
+            raise failed(error) from error
         check_range(f"reward {name}", lowest, highest)
         return _spread(_finite_or_missing(own), rows, len(scores))[:, None]
 
