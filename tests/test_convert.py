@@ -10,7 +10,8 @@ from small import TEXT, UNET, VAE, random_params
 from ddpo_jax import convert
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.clip import CLIPTextModel, text_config
-from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
+from ddpo_jax.models.unet import UNet2DConditionModel
+from ddpo_jax.models.unet_config import unet_config
 from ddpo_jax.models.vae import AutoencoderKL, vae_config
 
 VAE_ATTENTION = "encoder.mid_block.attentions.0"

@@ -8,7 +8,8 @@ from small import UNET
 
 from ddpo_jax import finetune
 from ddpo_jax.errors import UserError
-from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
+from ddpo_jax.models.unet import UNet2DConditionModel
+from ddpo_jax.models.unet_config import unet_config
 
 KEY = jax.random.key(0)
 RANK = 2

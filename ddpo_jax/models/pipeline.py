@@ -19,7 +19,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.models.clip import TextConfig, text_config
 from ddpo_jax.models.folder import parsed, read_json
 from ddpo_jax.models.tokenizer import check_tokenizer, load_tokenizer
-from ddpo_jax.models.unet import NUM_TIME_IDS, UNetConfig, unet_config
+from ddpo_jax.models.unet_config import NUM_TIME_IDS, UNetConfig, unet_config
 from ddpo_jax.models.vae import VAEConfig, vae_config
 
 

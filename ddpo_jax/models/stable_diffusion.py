@@ -29,7 +29,8 @@ from ddpo_jax.models.folder import (
 from ddpo_jax.models.locate import locate_pipeline
 from ddpo_jax.models.pipeline import Configs, read_configs, read_schedule, read_tokenizers
 from ddpo_jax.models.tokenizer import tokenize_all
-from ddpo_jax.models.unet import NUM_TIME_IDS, REMAT, UNet2DConditionModel
+from ddpo_jax.models.unet import REMAT, UNet2DConditionModel
+from ddpo_jax.models.unet_config import NUM_TIME_IDS
 from ddpo_jax.models.vae import AutoencoderKL
 from ddpo_jax.sharding import first_device
 from ddpo_jax.types import Condition, Frozen, Model, Posterior, PyTree

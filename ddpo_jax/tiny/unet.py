@@ -10,7 +10,8 @@ import numpy as np
 
 from ddpo_jax.diffusers_folder import model_index
 from ddpo_jax.models.folder import WEIGHTS, write_json, write_weights
-from ddpo_jax.models.unet import UNet2DConditionModel, unet_config
+from ddpo_jax.models.unet import UNet2DConditionModel
+from ddpo_jax.models.unet_config import unet_config
 from ddpo_jax.tiny.clip import WIDTH
 from ddpo_jax.tiny.tokenizer import MAX_LENGTH
 from ddpo_jax.tiny.vae import LATENT_CHANNELS

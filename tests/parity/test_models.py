@@ -15,7 +15,8 @@ from benchmarks.families import UNET_15, UNET_21, UNET_XL, VAE_15
 from ddpo_jax import convert
 from ddpo_jax.models.clip import CLIPModel, CLIPTextModel, clip_config, text_config
 from ddpo_jax.models.stable_diffusion import TEXT_PREFIX
-from ddpo_jax.models.unet import REMAT, UNet2DConditionModel, unet_config
+from ddpo_jax.models.unet import REMAT, UNet2DConditionModel
+from ddpo_jax.models.unet_config import unet_config
 from ddpo_jax.models.vae import AutoencoderKL, vae_config
 
 with warnings.catch_warnings():  # what these warn about on import is not ours to fix
