@@ -58,3 +58,31 @@ def test_only_where_programs_run_on_the_cpu(monkeypatch, platforms, plugins, exp
         assert runtime._on_cpu() == expected
     finally:
         jax.config.update("jax_platforms", before)
+
+
+FAULT = """
+import jax, jax.numpy as jnp
+from ddpo_jax import runtime
+from ddpo_jax.errors import RunStopped
+from ddpo_jax.rewards.kinds import on_device
+
+def fail(images):
+    raise OSError("the scorer's disk is full")
+
+def pure(params, images, inputs):
+    return jax.pure_callback(fail, jax.ShapeDtypeStruct((len(images),), jnp.float32), images)
+
+runtime.set_up("")
+reward = on_device("full", pure, lambda prompts: ())
+try:
+    reward.result(reward.submit((), jnp.ones((2, 4, 4, 3)), None))
+except RunStopped as error:
+    print(error)
+"""
+
+
+def test_a_reward_that_fails_while_its_caller_waits_is_told_of_as_one_on_the_device():
+    environ = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+    told = subprocess.run([sys.executable, "-c", FAULT], env=environ, capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("reward full failed on the device")
+    assert "the scorer's disk is full" in told.stdout
