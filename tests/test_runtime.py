@@ -24,7 +24,7 @@ program = jax.jit(jax.grad(loss, argnums=1))
 x, kernel = jnp.ones((50_000, 128)), jnp.ones((128, 128))  # 26 MB an array between
 jax.block_until_ready(program(x, kernel))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(40):
+for _ in range(8):
     jax.block_until_ready(program(x, kernel))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -32,7 +32,7 @@ KEEP = "from ddpo_jax.runtime import keep_freed_memory; keep_freed_memory()"
 
 
 def page_faults(first: str, **variables: str) -> int:
-    """Of 40 calls of a program."""
+    """Of 8 calls of a program."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
     environ |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu", **variables}
     told = subprocess.run([sys.executable, "-c", FAULTS.format(first)], env=environ, capture_output=True, check=True)
