@@ -23,7 +23,7 @@ from ddpo_jax.build import DTYPES
 from ddpo_jax.errors import UserError
 from ddpo_jax.methods import Loaded, method_of, objective_of
 from ddpo_jax.models import pipeline
-from ddpo_jax.models.attention import choose_kernel
+from ddpo_jax.models.kernels import choose_kernels
 from ddpo_jax.models.locate import TINY
 from ddpo_jax.models.stable_diffusion import make_model, stored
 from ddpo_jax.policy import make_policy, make_sampler
@@ -109,7 +109,11 @@ def abstract_run(
         resolution=config.pretrained.resolution or None,
         remat=config.train.remat,
         # "auto" is the best of this machine, and the programs are for others
-        kernel=choose_kernel({"auto": "xla"}.get(config.attention, config.attention), dtype=dtype),
+        kernels=choose_kernels(
+            {"auto": "xla"}.get(config.attention, config.attention),
+            {"auto": "direct"}.get(config.convolution, config.convolution),
+            dtype=dtype,
+        ),
     )
     policy = make_policy(
         model,

@@ -147,6 +147,7 @@ def load_model(config: ConfigDict, tuning: Finetune, *, place: Callable = first_
         resolution=config.pretrained.resolution or None,
         remat=config.train.remat,
         attention=config.attention,
+        convolution=config.convolution,
         variant=config.pretrained.variant,
         revision=config.pretrained.revision,
         exact=tuning.changes,

@@ -96,7 +96,7 @@ def load(source: str, *, dtype: str, resolution: int | None = None, base: Mappin
         return Loaded(model, pretrained._replace(denoiser=None), full(), pretrained.denoiser, None)
     config, tuning = found.config, make_finetune(found.config.train)
     config.compute_dtype = dtype
-    config.train.remat, config.attention = "none", "auto"
+    config.train.remat, config.attention, config.convolution = "none", "auto", "auto"
     config.pretrained.resolution = resolution or config.pretrained.resolution
     with base_named():
         model, pretrained = load_model(config, tuning)

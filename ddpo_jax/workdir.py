@@ -20,6 +20,7 @@ MAY_DIFFER = (
     "train.micro_batch_size",
     "train.remat",
     "attention",
+    "convolution",
     "num_epochs",
     "checkpoint_every",
     "keep_checkpoints",

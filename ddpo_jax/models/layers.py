@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ddpo_jax.models import winograd
 from ddpo_jax.models.attention import attend
 from ddpo_jax.models.norms import group_norm, layer_norm
 
@@ -26,9 +27,21 @@ def activation(name: str):
     }[name]
 
 
-def conv(features: int, size: int, dtype: Dtype, name: str, *, stride: int = 1) -> nn.Conv:
-    """A square convolution padded as torch pads it: by size // 2 on every side."""
-    return nn.Conv(features, (size, size), strides=stride, padding=size // 2, dtype=dtype, name=name)
+def conv(features: int, size: int, dtype: Dtype, name: str, *, stride: int = 1, method: str = "direct") -> nn.Conv:
+    """A square convolution padded as torch pads it: by size // 2 on every side. method: one of winograd.METHODS."""
+    by = _by_winograd if method == "winograd" and size == 3 and stride == 1 else None
+    padding = size // 2
+    return nn.Conv(
+        features, (size, size), strides=stride, padding=padding, dtype=dtype, name=name, conv_general_dilated=by
+    )
+
+
+def _by_winograd(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"], *as_direct, **named
+) -> Float[Array, "..."]:
+    if winograd.suits(x, kernel):
+        return winograd.convolve(x, kernel)
+    return jax.lax.conv_general_dilated(x, kernel, *as_direct, **named)
 
 
 def dense(features: int, dtype: Dtype | None, name: str, *, use_bias: bool = True) -> nn.Dense:
@@ -100,19 +113,20 @@ class ResnetBlock(nn.Module):
     num_groups: int
     epsilon: float
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], time_embedding: Float[Array, "B e"] | None = None
     ) -> Float[Array, "_ h w f"]:
         hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm1")(x))
-        hidden = conv(self.features, 3, self.dtype, "conv1")(hidden)
+        hidden = conv(self.features, 3, self.dtype, "conv1", method=self.convolution)(hidden)
         if time_embedding is not None:
             shift = dense(self.features, self.dtype, "time_emb_proj")(nn.silu(time_embedding))
             hidden, shift = same_rows(hidden, shift)
             hidden = hidden + shift[:, None, None, :]
         hidden = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm2")(hidden))
-        hidden = conv(self.features, 3, self.dtype, "conv2")(hidden)
+        hidden = conv(self.features, 3, self.dtype, "conv2", method=self.convolution)(hidden)
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.dtype, "conv_shortcut")(x)
         return add(x, hidden)
@@ -122,10 +136,11 @@ class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
-        return DoublingConv(x.shape[-1], self.dtype, name="conv")(x)
+        return DoublingConv(x.shape[-1], self.dtype, self.convolution, name="conv")(x)
 
 
 class DoublingConv(nn.Module):
@@ -137,6 +152,7 @@ class DoublingConv(nn.Module):
 
     features: int
     dtype: Dtype = jnp.float32
+    method: str = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W f"]:
@@ -144,6 +160,9 @@ class DoublingConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, channels, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+
+        if self.method == "winograd" and winograd.suits(x, kernel):
+            return winograd.convolve_doubled(x, kernel) + bias[None, None, None]
 
         def convolve(taps: Float[Array, "2 2 c f"], padding: tuple[tuple[int, int], ...]) -> Float[Array, "b h w f"]:
             taps, layout = taps.astype(self.dtype), ("NHWC", "HWIO", "NHWC")

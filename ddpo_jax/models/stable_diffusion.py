@@ -18,7 +18,6 @@ from transformers import CLIPTokenizer
 from ddpo_jax import process
 from ddpo_jax.convert import leaf_path
 from ddpo_jax.errors import UserError
-from ddpo_jax.models.attention import choose_kernel
 from ddpo_jax.models.clip import CLIPTextModel
 from ddpo_jax.models.folder import (
     STEMS,
@@ -26,6 +25,7 @@ from ddpo_jax.models.folder import (
     read_weights,
     weight_files,
 )
+from ddpo_jax.models.kernels import Kernels, choose_kernels
 from ddpo_jax.models.locate import locate_pipeline
 from ddpo_jax.models.pipeline import Configs, read_configs, read_schedule, read_tokenizers
 from ddpo_jax.models.tokenizer import tokenize_all
@@ -66,6 +66,7 @@ def load(
     resolution: int | None = None,
     remat: str = "none",
     attention: str = "auto",
+    convolution: str = "auto",
     variant: str = "",
     revision: str = "",
     exact: Callable[[str], bool] = nothing,
@@ -76,7 +77,7 @@ def load(
     dtype: what the networks compute in. The VAE computes in float32 where its config asks for it (`force_upcast`).
     resolution: pixels, one side; the folder's own if None.
     remat: what the denoiser's backward pass keeps, one of unet.REMAT.
-    attention: the kernel of the denoiser's attention, one of attention.KERNELS, or "auto".
+    attention, convolution: as in `Kernels`, or "auto".
     variant: of the weights, such as "fp16".  revision: of a hub id.
     exact: the denoiser's parameters, by path, that are stored in float32 whatever `dtype` is.
     place: tree of shapes -> tree of shardings; the first device by default.
@@ -89,8 +90,8 @@ def load(
     folder = locate_pipeline(model, variant=variant, revision=revision)
     configs = read_configs(folder)
     noise = process.ddim(read_schedule(folder, configs.pipeline))
-    kernel = choose_kernel(attention, dtype=dtype)
-    functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat, kernel=kernel)
+    kernels = choose_kernels(attention, convolution, dtype=dtype)
+    functions = make_model(configs, noise, dtype=dtype, resolution=resolution, remat=remat, kernels=kernels)
     tokenizers = read_tokenizers(folder, configs)
     like = stored(configs, dtype, exact=exact)
     files = {part: weight_files(folder / part, STEMS[part], variant) for part in like}
@@ -147,12 +148,12 @@ def make_model(
     dtype: DTypeLike,
     resolution: int | None,
     remat: str = "none",
-    kernel: str = "xla",
+    kernels: Kernels = Kernels(),  # noqa: B008
 ) -> Model:
-    """The pure functions of a Stable Diffusion with these configurations. kernel: of the denoiser's attention."""
+    """The pure functions of a Stable Diffusion with these configurations."""
     encoders = {part: _function(CLIPTextModel(config, dtype)) for part, config in configs.text.items()}
-    unet = _function(UNet2DConditionModel(configs.unet, dtype, remat, kernel))
-    vae = AutoencoderKL(configs.vae, vae_dtype(configs, dtype))
+    unet = _function(UNet2DConditionModel(configs.unet, dtype, remat, kernels))
+    vae = AutoencoderKL(configs.vae, vae_dtype(configs, dtype), kernels.convolution)
     vae_encode, vae_decode = _function(vae, "encode"), _function(vae, "decode")
     scale = configs.vae.scaling_factor
     shape = latent_shape(configs, resolution)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddpo_jax.models import winograd
+from ddpo_jax.models.kernels import Kernels
 from ddpo_jax.models.layers import (
     Dtype,
     ResnetBlock,
@@ -69,12 +71,14 @@ class BlockConfig(NamedTuple):
     num_groups: int
     epsilon: float
     remat: bool  # recompute each layer in the backward pass
-    kernel: str  # of attention
+    kernels: Kernels
 
 
 def _resnet(config: BlockConfig, dtype: Dtype, i: int) -> nn.Module:
     kind = nn.remat(ResnetBlock) if config.remat else ResnetBlock
-    return kind(config.features, config.num_groups, config.epsilon, dtype, name=f"resnets_{i}")
+    return kind(
+        config.features, config.num_groups, config.epsilon, dtype, config.kernels.convolution, name=f"resnets_{i}"
+    )
 
 
 def _transformer(config: BlockConfig, dtype: Dtype, i: int) -> nn.Module:
@@ -85,7 +89,7 @@ def _transformer(config: BlockConfig, dtype: Dtype, i: int) -> nn.Module:
         config.linear_projection,
         dtype,
         config.remat,
-        config.kernel,
+        config.kernels.attention,
         name=f"attentions_{i}",
     )
 
@@ -137,11 +141,14 @@ class UpBlock(nn.Module):
             x = _resnet(config, self.dtype, i)(x, time_embedding)
             if config.attends:
                 x = _transformer(config, self.dtype, i)(x, contexts)
-        return Upsample(self.dtype, name="upsamplers_0")(x) if self.upsample else x
+        return Upsample(self.dtype, config.kernels.convolution, name="upsamplers_0")(x) if self.upsample else x
 
 
 def _several(condition: Float[Array, "b ..."] | tuple[Float[Array, "_ ..."], ...]) -> tuple[Float[Array, "_ ..."], ...]:
     return condition if isinstance(condition, tuple) else (condition,)
+
+
+_is_named = jax.checkpoint_policies.save_only_these_names(winograd.KEPT)
 
 
 def _keep_products(prim, *inputs, **params) -> bool:
@@ -151,7 +158,7 @@ def _keep_products(prim, *inputs, **params) -> bool:
     eight times as wide as its input: all of them are over a third of what would be kept of Stable Diffusion 1.5, and
     an eighth of its forward pass.
     """
-    if prim is jax.lax.conv_general_dilated_p:
+    if prim is jax.lax.conv_general_dilated_p or _is_named(prim, *inputs, **params):
         return True
     if prim is not jax.lax.dot_general_p or any(params["dimension_numbers"][1]):
         return False
@@ -167,7 +174,7 @@ class UNet2DConditionModel(nn.Module):
     # Of each block the backward pass keeps all ("none"), the outputs of its products with weights ("products") or its
     # inputs alone ("blocks"); "full" computes the layers inside a block one by one too, a second time.
     remat: str = "none"
-    kernel: str = "xla"  # of attention
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
@@ -199,7 +206,7 @@ class UNet2DConditionModel(nn.Module):
                 num_groups=config.num_groups,
                 epsilon=config.epsilon,
                 remat=self.remat == "full",
-                kernel=self.kernel,
+                kernels=self.kernels,
             )
 
         time_embedding = TimestepMLP(4 * channels[0], dtype, name="time_embedding")(

@@ -95,12 +95,13 @@ class MidBlock(nn.Module):
     features: int
     num_groups: int
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        x = ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, name="resnets_0")(x)
+        x = ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, self.convolution, name="resnets_0")(x)
         x = SpatialAttention(self.num_groups, self.dtype, name="attentions_0")(x)
-        return ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, name="resnets_1")(x)
+        return ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, self.convolution, name="resnets_1")(x)
 
 
 class Downsample(nn.Module):
@@ -120,11 +121,14 @@ class DownEncoderBlock(nn.Module):
     num_groups: int
     downsample: bool
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W f"]:
         for i in range(self.num_layers):
-            x = ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, name=f"resnets_{i}")(x)
+            x = ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, self.convolution, name=f"resnets_{i}")(
+                x
+            )
         return Downsample(self.dtype, name="downsamplers_0")(x) if self.downsample else x
 
 
@@ -134,17 +138,21 @@ class UpDecoderBlock(nn.Module):
     num_groups: int
     upsample: bool
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W f"]:
         for i in range(self.num_layers):
-            x = ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, name=f"resnets_{i}")(x)
-        return Upsample(self.dtype, name="upsamplers_0")(x) if self.upsample else x
+            x = ResnetBlock(self.features, self.num_groups, EPSILON, self.dtype, self.convolution, name=f"resnets_{i}")(
+                x
+            )
+        return Upsample(self.dtype, self.convolution, name="upsamplers_0")(x) if self.upsample else x
 
 
 class Encoder(nn.Module):
     config: VAEConfig
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
@@ -157,9 +165,10 @@ class Encoder(nn.Module):
                 config.num_groups,
                 i < len(channels) - 1,
                 self.dtype,
+                self.convolution,
                 name=f"down_blocks_{i}",
             )(x)
-        x = MidBlock(channels[-1], config.num_groups, self.dtype, name="mid_block")(x)
+        x = MidBlock(channels[-1], config.num_groups, self.dtype, self.convolution, name="mid_block")(x)
         x = nn.silu(group_norm(config.num_groups, EPSILON, self.dtype, "conv_norm_out")(x))
         return conv(2 * config.latent_channels, 3, self.dtype, "conv_out")(x)
 
@@ -167,12 +176,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     config: VAEConfig
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         config, channels = self.config, self.config.block_out_channels[::-1]
         x = conv(channels[0], 3, self.dtype, "conv_in")(x)
-        x = MidBlock(channels[0], config.num_groups, self.dtype, name="mid_block")(x)
+        x = MidBlock(channels[0], config.num_groups, self.dtype, self.convolution, name="mid_block")(x)
         for i, width in enumerate(channels):
             x = UpDecoderBlock(
                 width,
@@ -180,6 +190,7 @@ class Decoder(nn.Module):
                 config.num_groups,
                 i < len(channels) - 1,
                 self.dtype,
+                self.convolution,
                 name=f"up_blocks_{i}",
             )(x)
         x = nn.silu(group_norm(config.num_groups, EPSILON, self.dtype, "conv_norm_out")(x))
@@ -191,10 +202,11 @@ class AutoencoderKL(nn.Module):
 
     config: VAEConfig
     dtype: Dtype = jnp.float32
+    convolution: str = "direct"
 
     def setup(self):
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.convolution)
+        self.decoder = Decoder(self.config, self.dtype, self.convolution)
         self.quant_conv = nn.Conv(2 * self.config.latent_channels, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(self.config.latent_channels, (1, 1), dtype=self.dtype)
 
