@@ -33,8 +33,9 @@ def get_config() -> ConfigDict:
     # holds those of some queries at a time, "cudnn" (an NVIDIA GPU, bfloat16) none; it takes heads of up to 128, and
     # wider ones are left to XLA. "auto" is cudnn where it can be had, chunked on other accelerators, stepwise on CPU.
     config.attention = "auto"
-    # Of 3x3 pixels, in the UNet and the VAE: "direct", or "winograd" (float32 alone), by a matrix product each of fewer
-    # products. "auto" is winograd on CPU; an accelerator's library chooses by itself.
+    # How convolutions of 3x3 pixels are computed, in the UNet and the VAE: "direct", or "winograd", as matrix products
+    # of fewer multiplications, where that pays (float32, 64 channels or more, maps that are not huge). "auto" is
+    # winograd on CPU; an accelerator's library chooses by itself.
     config.convolution = "auto"
     # Folder of compiled programs, so that a second start takes seconds; "" compiles anew every time.
     config.compilation_cache = "~/.cache/ddpo_jax"

@@ -170,6 +170,8 @@ def test_killed_at_any_moment(small_folder, test_cache, tmp_path):
         for name in ("killed", "straight")
     )
     assert equal(found, expected)
+    alone = one_process(small_folder, tmp_path / "alone", num_epochs=step + 2)
+    assert distance(alone["params"], expected["params"]) <= 1e-5
 
 
 @pytest.mark.parametrize(

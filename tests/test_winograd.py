@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import UNET
-from small_run import distance
+from small_run import distance, silent, small_config
 
+from ddpo_jax.build import build
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import winograd
 from ddpo_jax.models.kernels import Kernels, choose_kernels
 from ddpo_jax.models.layers import Upsample, conv
 from ddpo_jax.models.stable_diffusion import load
 from ddpo_jax.models.tokenizer import tokenize_all
-from ddpo_jax.models.unet import UNet2DConditionModel
+from ddpo_jax.models.unet import REMAT, UNet2DConditionModel
 from ddpo_jax.models.unet_config import unet_config
 
 
@@ -58,7 +59,8 @@ def test_rounding_is_that_of_the_plain_convolution(kind):
     with jax.enable_x64(True):
         exact = np.asarray(plain(jnp.asarray(x), jnp.asarray(kernel)))
     x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    assert distance(ours(x, kernel), exact) < 1e-6
+    found, expected = (distance(function(x, kernel), exact) for function in (ours, plain))
+    assert found < 1e-6 and found < 3 * expected
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,8 @@ def test_rounding_is_that_of_the_plain_convolution(kind):
         ((32, 8, 8, 64), 64, 3, jnp.bfloat16, False),
         ((2, 8, 8, 1280), 1280, 3, jnp.float32, False),
         ((2, 16, 16, 1280), 1280, 3, jnp.float32, True),
+        ((2, 64, 64, 960), 320, 3, jnp.float32, True),
+        ((2, 512, 512, 128), 128, 3, jnp.float32, False),  # its sums would not fit
     ],
 )
 def test_which_convolutions_are_computed_so(shape, features, size, dtype, expected):
@@ -130,13 +134,17 @@ def test_what_is_computed_again_keeps_these_products(wide):
     assert kept("none", "winograd") > kept("products", "winograd") > kept("blocks", "winograd")
 
 
-def test_the_denoisers_gradient_is_the_same(wide):
+@pytest.fixture(scope="module")
+def plain_gradient(wide):
     inputs, params = wide
-    found, expected = (
-        jax.jit(jax.grad(total(inputs, "products", Kernels(convolution=method))))(params)
-        for method in ("winograd", "direct")
-    )
-    assert distance(found, expected) < 1e-5
+    return jax.jit(jax.grad(total(inputs, "none", Kernels())))(params)
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_denoisers_gradient_is_the_same(wide, plain_gradient, remat):
+    inputs, params = wide
+    found = jax.jit(jax.grad(total(inputs, remat, Kernels(convolution="winograd"))))(params)
+    assert distance(found, plain_gradient) < 1e-5
 
 
 def test_the_embedded_model_draws_the_same():
@@ -146,7 +154,8 @@ def test_the_embedded_model_draws_the_same():
         cond = model.encode_text(pretrained.text, jnp.asarray(tokenize_all(pretrained.tokenizers, ["a fox", "an owl"])))
         x_t = jax.random.normal(jax.random.key(0), (2, *model.latent_shape))
         predicted = model.predict(pretrained.denoiser, x_t, jnp.full(2, 401.0), cond)
-        found.append((predicted, model.decode(pretrained.vae, x_t)))
+        pixels = model.decode(pretrained.vae, x_t)
+        found.append((predicted, pixels, model.encode(pretrained.vae, found[0][1] if found else pixels).mean))
     for one, other in zip(*found, strict=True):
         assert not np.array_equal(one, other)
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -159,3 +168,8 @@ def test_the_method_that_is_chosen(monkeypatch, platform, expected):
     assert choose_kernels("xla", "direct", dtype=jnp.float32).convolution == "direct"
     with pytest.raises(UserError, match="convolution='fft': expected 'auto', 'direct', 'winograd'"):
         choose_kernels("xla", "fft", dtype=jnp.float32)
+
+
+def test_a_run_computes_as_its_config_says():
+    with pytest.raises(UserError, match="convolution='fft'"):
+        build(small_config("tiny", convolution="fft"), silent)

@@ -4,7 +4,7 @@ Two results in a row of three taps each need 4 products and not 6: sums of the t
 them. Along both axes that is 16 for four pixels and a pair of channels, and not 36. The sums cost little beside the
 products where there are many channels; they are of few terms, so that rounding is that of the plain convolution.
 
-A map that is doubled first, every pixel standing for 2x2 equal ones, needs 9: the fourth sum is 0.
+A map that is doubled first, every pixel standing for 2x2 equal ones, needs 9: one of the four sums is 0.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ddpo_jax.errors import UserError
 
 METHODS = ("direct", "winograd")
 CHANNELS = 64  # of input and output, at least: with fewer the sums take longer than the products that they save
-WEIGHTS = 2**18  # a tap, at most, on a map of fewer than PIXELS: of more, reading the sums takes longer
+WEIGHTS = 2**18  # of a tap, at most, on a map of fewer than PIXELS: of more, sums of taps are too much to read
 PIXELS = 256
+MAP = 2**22  # numbers in one picture's map, at most: the sums of its pixels are four times as many
 KEPT = "convolution"  # the name by which `jax.checkpoint` knows the result
 
 
@@ -41,13 +42,15 @@ def choose_method(name: str) -> str:
 
 
 def suits(x: Float[Array, "b h w c"], kernel: Float[Array, "a a c f"]) -> bool:
-    """Whether these are fewer products at the same rounding; what the batch is makes no difference."""
+    """Whether that pays; what the batch is makes no difference. Of a doubled map, x is what it is before."""
     channels, features = kernel.shape[2:]
+    pixels = x.shape[1] * x.shape[2]
     return (
         kernel.shape[:2] == (3, 3)
         and x.dtype in (jnp.float32, jnp.float64)
         and min(channels, features) >= CHANNELS
-        and (channels * features <= WEIGHTS or x.shape[1] * x.shape[2] >= PIXELS)
+        and (channels * features <= WEIGHTS or pixels >= PIXELS)
+        and max(channels, features) * pixels <= MAP
     )
 
 
@@ -101,7 +104,7 @@ class Doubled:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(kind: type, x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b H W f"]:
-    """Its gradient takes the pixels' sums again: they are as large as a map of more channels, and cheap."""
+    """Its gradient takes the pixels' sums again: to keep them would be to keep four maps and not one, or nine."""
     tiles = _tiles(kind, x)
     products = jnp.einsum("rsnc,rscf->rsnf", _flat(tiles), _taps(kind, kernel))
     return _results(kind, products.reshape(*tiles.shape[:-1], -1))
