@@ -243,6 +243,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_none_leaves_while_a_program_of_all_is_under_way(small_folder, test_cache, tmp_path):
     """What the first waits for from the second would never come."""
     arguments = flags(small_folder, tmp_path / "run")
