@@ -106,7 +106,7 @@ class Doubled:
 def _convolve(kind: type, x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b H W f"]:
     """Its gradient takes the pixels' sums again: to keep them would be to keep four maps and not one, or nine."""
     tiles = _tiles(kind, x)
-    products = jnp.einsum("rsnc,rscf->rsnf", _flat(tiles), _taps(kind, kernel))
+    products = jnp.einsum("rsnc,rscf->rsnf", _flat(tiles), _sums(kind.taps, kernel))
     return _results(kind, products.reshape(*tiles.shape[:-1], -1))
 
 
@@ -116,10 +116,10 @@ def _convolve_and_keep(kind, x, kernel):
 
 def _gradient(kind, kept, gradient):
     x, kernel = kept
-    taps, of_taps = jax.vjp(partial(_taps, kind), kernel)
+    taps, of_taps = jax.vjp(partial(_sums, kind.taps), kernel)
     tiles, products = _tiles(kind, x), _flat(_spread(kind, gradient))
     of_x = jnp.einsum("rsnf,rscf->rsnc", products, taps).reshape(tiles.shape)
-    return _pixels(kind, of_x), *of_taps(jnp.einsum("rsnc,rsnf->rscf", _flat(tiles), products))
+    return kind.pixels(kind.pixels(of_x, 2), 2), *of_taps(jnp.einsum("rsnc,rsnf->rscf", _flat(tiles), products))
 
 
 _convolve.defvjp(_convolve_and_keep, _gradient)
@@ -133,10 +133,6 @@ def _tiles(kind: type, x: Float[Array, "b h w c"]) -> Float[Array, "r s b _ _ c"
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     columns = jnp.stack(kind.tiles(padded, 2))
     return jnp.stack(kind.tiles(columns, 2))
-
-
-def _taps(kind: type, kernel: Float[Array, "3 3 c f"]) -> Float[Array, "r s c f"]:
-    return _sums(kind.taps, kernel)
 
 
 def _results(kind: type, products: Float[Array, "r s b h w f"]) -> Float[Array, "b H W f"]:
@@ -156,10 +152,6 @@ def _sums(weights: Real[np.ndarray, "n m"], terms: Float[Array, "m m ..."]) -> F
     both = np.kron(weights, weights).astype(terms.dtype)
     sums = jnp.dot(both, terms.reshape(both.shape[1], -1), precision="highest")
     return sums.reshape(len(weights), len(weights), *terms.shape[2:])
-
-
-def _pixels(kind: type, tiles: Float[Array, "r s b _ _ c"]) -> Float[Array, "b h w c"]:
-    return kind.pixels(kind.pixels(tiles, 2), 2)
 
 
 def _in_turn(even: Float[Array, "..."], odd: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
