@@ -98,10 +98,12 @@ def match(shapes: Mapping[str, tuple[int, ...]], like: PyTree, *, source: str) -
         UserError: a tensor is missing, has another shape, or is left over.
     """
     names = {_modern(name): name for name in shapes if not IGNORED.search(name)}
-    places = {
-        torch_key(leaf_path(path), len(leaf.shape))[0] for path, leaf in jax.tree_util.tree_leaves_with_path(like)
-    }
-    missing, unused = sorted(places - names.keys()), sorted(names.keys() - places)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    places = {}
+    for path, template in leaves:
+        key, leaf = torch_key(leaf_path(path), len(template.shape))
+        places[key] = leaf, tuple(leaf.to_torch(np.empty(template.shape, np.bool_)).shape)
+    missing, unused = sorted(places.keys() - names.keys()), sorted(names.keys() - places.keys())
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(
@@ -113,19 +115,17 @@ def match(shapes: Mapping[str, tuple[int, ...]], like: PyTree, *, source: str) -
             " copy it and the config.json beside it from one model"
         )
 
-    def find(path, template):
-        key, leaf = torch_key(leaf_path(path), len(template.shape))
-        shape = tuple(shapes[names[key]])
-        expected = tuple(leaf.to_torch(np.empty(template.shape, np.bool_)).shape)
+    found = []
+    for key, (leaf, expected) in places.items():
+        shape, to_flax = tuple(shapes[names[key]]), leaf.to_flax
         if shape == (*expected, 1, 1) and MAYBE_CONVOLUTION.search(key):
-            return Stored(names[key], lambda tensor: leaf.to_flax(tensor[:, :, 0, 0]))
-        if shape != expected:
+            to_flax = _of_convolution(to_flax)
+        elif shape != expected:
             raise UserError(
                 f"{source}: tensor {key!r} has shape {shape}; config.json implies {expected}; copy both from one model"
             )
-        return Stored(names[key], leaf.to_flax)
-
-    return jax.tree_util.tree_map_with_path(find, like)
+        found.append(Stored(names[key], to_flax))
+    return jax.tree.unflatten(tree, found)
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], like: PyTree, *, source: str) -> PyTree:
@@ -165,6 +165,10 @@ def adapters_to_torch(adapters: Mapping[str, tuple], *, prefix: str) -> dict[str
             module = key.removesuffix(leaf.torch_name)
             tensors[f"{prefix}{module}{name}.weight"] = np.asarray(leaf.to_torch(factor), np.float32, order="C")
     return tensors
+
+
+def _of_convolution(to_flax: Callable) -> Callable:
+    return lambda tensor: to_flax(tensor[:, :, 0, 0])
 
 
 def _modern(name: str) -> str:

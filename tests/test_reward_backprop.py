@@ -108,7 +108,10 @@ def rounds(run, count):
     return told
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.lora_rank": 4, "backprop.min_steps": 0, "train.learning_rate": 1e-2}])
+LORA = {"train.lora_rank": 4, "backprop.min_steps": 0, "train.learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(LORA, marks=pytest.mark.slow)])
 def test_a_reward_rises(small_folder, changes):
     told = rounds(build(small_config(small_folder, **BACKPROP, **changes), silent), 12)
     assert np.mean(told[-3:]) > np.mean(told[:3]) + 0.02

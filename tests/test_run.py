@@ -118,7 +118,7 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_an_export(finished):
 def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_folder, test_cache, tmp_path):
     workdir = tmp_path / "run"
     arguments = flags(small_folder, workdir)
-    for bounds in ((1, 3), (4, 6), (7, 8)):
+    for bounds in ((1, 4), (5, 8)):
         process = start(test_cache, *arguments)
         wait_for_rounds(process, workdir, random.randint(*bounds))
         process.kill()
@@ -137,7 +137,7 @@ def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_
     assert main(arguments) == 0
     assert rows_without_times(workdir) == rows_without_times(finished)
     assert evaluated(workdir) == evaluated(finished)
-    assert len(metrics.read(workdir / "starts.jsonl")) == 5
+    assert len(metrics.read(workdir / "starts.jsonl")) == 4
     weights = Path("export") / "unet" / "diffusion_pytorch_model.safetensors"
     assert (workdir / weights).read_bytes() == (finished / weights).read_bytes()
     (step, state), (expected_step, expected) = last_checkpoint(workdir), last_checkpoint(finished)

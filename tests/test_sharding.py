@@ -165,7 +165,11 @@ def trained(small_folder):
 
 
 on_meshes = pytest.mark.parametrize(
-    ("tuning", "sizes"), [("full", (8, 1, 1)), ("full", (2, 4, 1)), ("full", (2, 2, 2)), ("lora", (2, 2, 2))]
+    ("tuning", "sizes"),
+    [
+        *(("full", (8, 1, 1)), ("full", (2, 2, 2)), ("lora", (2, 2, 2))),
+        pytest.param("full", (2, 4, 1), marks=pytest.mark.slow),
+    ],
 )
 
 

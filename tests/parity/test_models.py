@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import UNET_XL as SMALL_XL
+from small import UNET as SMALL
 from small import random_params
 from small_run import distance
 
@@ -178,7 +178,7 @@ def test_unet(fields, gain):
 
 
 def test_what_is_computed_again_changes_no_gradient():
-    config = unet_config(SMALL_XL)
+    config = unet_config(SMALL)
     inputs = tuple(map(jnp.asarray, unet_inputs(config, batch=1, height=4, width=4, length=3)))
     params = random_params(UNet2DConditionModel(config), 0, *inputs)
 
@@ -193,7 +193,7 @@ def test_what_is_computed_again_changes_no_gradient():
 
 def test_remat_keeps_less_and_less():
     """Arrays that the backward pass takes from the forward pass, but for the parameters."""
-    config = unet_config(UNETS["Stable Diffusion XL, narrow"])
+    config = unet_config(SMALL)
     inputs = tuple(map(jnp.asarray, unet_inputs(config, batch=1, height=8, width=8, length=3)))
     params = shapes(UNet2DConditionModel(config), *inputs)
 
