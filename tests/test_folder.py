@@ -284,7 +284,7 @@ def test_compute_dtype(tmp_path, family):
             assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), (part, path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["1", "xl"])
 def test_storing_kernels_in_the_compute_dtype_loses_nothing(tmp_path, family):
     """To the bit: the networks round the same kernels to it wherever they come from."""
     folder = write_folder(tmp_path, family)

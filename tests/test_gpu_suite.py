@@ -103,6 +103,7 @@ def test_a_cell_that_there_is_no_memory_for_says_so(monkeypatch):
     assert (found["status"], found["why"], found["programs"]) == ("out of memory", "the run's arrays", {})
 
 
+@pytest.mark.slow
 def test_a_pairs_flops_are_those_of_four_forwards_and_their_gradients():
     size = SIZES["tiny"]["sd15"]
     model = gpu_cell.model_of(size)

@@ -177,6 +177,7 @@ def test_unet(fields, gain):
     assert relative_error(apply(ours, params, *inputs), torch_prediction(theirs, *inputs)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_changes_no_gradient():
     config = unet_config(SMALL)
     inputs = tuple(map(jnp.asarray, unet_inputs(config, batch=1, height=4, width=4, length=3)))
