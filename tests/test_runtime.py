@@ -61,6 +61,23 @@ def test_only_where_programs_run_on_the_cpu(monkeypatch, platforms, plugins, exp
         jax.config.update("jax_platforms", before)
 
 
+@pytest.mark.parametrize(("own", "expected"), [("", 1), (f"--{runtime.LEVEL}=2", 2)])
+def test_programs_are_compiled_sooner(tmp_path, own, expected):
+    """As XLA itself says, of a program; what the environment asks for is done."""
+    environ = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path} {own}", "JAX_PLATFORMS": "cpu"}
+    code = "from ddpo_jax import runtime; runtime.set_up(''); import jax; jax.jit(lambda x: 2 * x)(1.0)"
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+    (told,) = tmp_path.glob("*lambda*debug_options*")
+    assert f"{runtime.LEVEL}: {expected}\n" in told.read_text()
+
+
+def test_an_accelerators_programs_are_left_alone(monkeypatch):
+    monkeypatch.setattr(runtime, "_on_cpu", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    runtime.optimize_less()
+    assert os.environ["XLA_FLAGS"] == ""
+
+
 FAULT = """
 import jax, jax.numpy as jnp
 from ddpo_jax import runtime
