@@ -11,7 +11,7 @@ from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.policy import make_policy
 
 
-@pytest.mark.parametrize("family", ["1", "xl"])
+@pytest.mark.parametrize("family", [pytest.param("1", marks=pytest.mark.slow), "xl"])
 def test_what_no_condition_changes_is_computed_once(tmp_path, family):
     """Values and gradients are those of the network with each condition by itself; the work is less."""
     model, pretrained = load(str(write_folder(tmp_path, family)), dtype=jnp.float32)

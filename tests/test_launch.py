@@ -118,7 +118,6 @@ def slurm(tmp_path, *arguments, srun, cache=""):
     return found, log.read_text() if log.exists() else ""
 
 
-@pytest.mark.slow
 def test_two_tasks_of_a_slurm_job_are_one_run(small_folder, test_cache, tmp_path):
     same_programs = {"train.lora_rank": 2, "reward.name": "scorers:brightness"}  # as in test_multihost.py
     config, *others = flags(small_folder, tmp_path / "run", **same_programs)

@@ -166,8 +166,10 @@ def test_a_finished_run_goes_on_when_it_may_last_longer(finished, small_folder, 
 
 
 def test_standardised_experts_go_on_as_if_nothing_had_been(small_folder, tmp_path):
-    """Their running statistics are in the checkpoints; what evaluations are measured by is in evaluations.jsonl."""
+    """Their running statistics are in the checkpoints, and so are Adafactor's factors; what evaluations are measured by
+    is in evaluations.jsonl."""
     experts = {
+        "train.optimizer": "adafactor",
         "reward.name": "scorers:brightness,device:scorers:redness",
         "reward.standardise": True,
         "reward.combine": "minimum",

@@ -120,7 +120,6 @@ def test_the_judge_is_a_reward():
 # The VAE
 
 
-@pytest.mark.slow
 def test_the_decoder_trains_on_and_the_encoder_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(vae, "HELD_OUT", 8)
     shutil.copytree(TINY / "vae", tmp_path / "vae")
