@@ -19,7 +19,7 @@ from ddpo_jax.main import main
 from ddpo_jax.models.folder import write_json
 
 ROOT = Path(__file__).parents[1]
-NUM_EPOCHS, SAVED = 12, 6  # and the checkpoint before the last
+NUM_EPOCHS, SAVED = 24, 12  # and the checkpoint before the last
 # Attention alone moves little in so small a network of random weights.
 LORA_TARGETS = r"(attn[12]/to_\w+|ff/net_\w+(/proj)?|resnets_\d/conv\d)/kernel$"
 TUNINGS = {
