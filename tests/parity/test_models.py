@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import UNET as SMALL
+from small import UNET_XL as SMALL_XL
 from small import random_params
 from small_run import distance
 
@@ -179,7 +180,7 @@ def test_unet(fields, gain):
 
 @pytest.mark.slow
 def test_what_is_computed_again_changes_no_gradient():
-    config = unet_config(SMALL)
+    config = unet_config(SMALL_XL)
     inputs = tuple(map(jnp.asarray, unet_inputs(config, batch=1, height=4, width=4, length=3)))
     params = random_params(UNet2DConditionModel(config), 0, *inputs)
 
