@@ -99,7 +99,8 @@ def test_the_preferred_picture_draws_ahead(offline):
     assert distance(state.params, run.frozen.denoiser) > 0
 
 
-@pytest.mark.parametrize("kind", ["ipo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ipo", "kto"])
 def test_other_losses_learn_too(small_folder, kind):
     run, update = make_run(small_folder, DPO, **{"dpo.loss": kind})
     _, told = rounds(run, update, 12, apart)

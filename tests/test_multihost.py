@@ -174,7 +174,11 @@ def test_killed_at_any_moment(small_folder, test_cache, tmp_path):
     ("reward", "cause"),
     [
         ("raising", "process 1: reward scorers:raising_on_one raised OSError: the scorer's disk is full"),
-        ("hanging", "process 1: reward scorers:hanging_on_one gave no scores within 5 s"),
+        pytest.param(
+            "hanging",
+            "process 1: reward scorers:hanging_on_one gave no scores within 5 s",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("nothing", "4 of 8 rewards are missing", marks=pytest.mark.slow),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import scorers
-from small_run import SMALL, equal
+from small_run import SMALL
 
 from ddpo_jax import metrics
 from ddpo_jax.errors import Preempted
@@ -23,6 +23,13 @@ from ddpo_jax.workdir import claim
 ROOT = Path(__file__).parents[1]
 NUM_EPOCHS = 24  # so many that a signal after nine of them comes before the end
 EVAL_EVERY = 5
+# Rewards whose running statistics are in the checkpoints; what evaluations are measured by is in evaluations.jsonl.
+EXPERTS = {
+    "reward.name": "scorers:brightness,device:scorers:redness",
+    "reward.standardise": True,
+    "reward.combine": "minimum",
+    "reward.gates": "('scorers:brightness>=0.1',)",
+}
 
 
 def flags(folder, workdir, **changes):
@@ -94,7 +101,7 @@ def evaluations_of(num_epochs):
 def finished(small_folder, tmp_path_factory):
     """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("run") / "finished"
-    assert main(flags(small_folder, workdir)) == 0
+    assert main(flags(small_folder, workdir, **EXPERTS)) == 0
     return workdir
 
 
@@ -111,19 +118,20 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_an_export(finished):
     assert (finished / "export" / "model_index.json").is_file() and (finished / "export" / "README.md").is_file()
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert f"{NUM_EPOCHS} of {NUM_EPOCHS}" in page and f"after {NUM_EPOCHS} rounds" in page and "refresh" not in page
+    reward = "min(z(scorers:brightness), z(device:scorers:redness)), gated by scorers:brightness&gt;=0.1"
+    assert reward in page.replace("<wbr>", "")
     (start,) = metrics.read(finished / "starts.jsonl")
     assert start["epoch"] == 0 and f"--config.num_epochs={NUM_EPOCHS}" in start["command"]
 
 
 def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_folder, test_cache, tmp_path):
     workdir = tmp_path / "run"
-    arguments = flags(small_folder, workdir)
-    for bounds in ((1, 4), (5, 8)):
-        process = start(test_cache, *arguments)
-        wait_for_rounds(process, workdir, random.randint(*bounds))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.stderr.close()
+    arguments = flags(small_folder, workdir, **EXPERTS)
+    process = start(test_cache, *arguments)
+    wait_for_rounds(process, workdir, random.randint(1, 8))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
     process = start(test_cache, *arguments)
     wait_for_rounds(process, workdir, 9)
     process.terminate()
@@ -137,7 +145,7 @@ def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_
     assert main(arguments) == 0
     assert rows_without_times(workdir) == rows_without_times(finished)
     assert evaluated(workdir) == evaluated(finished)
-    assert len(metrics.read(workdir / "starts.jsonl")) == 4
+    assert len(metrics.read(workdir / "starts.jsonl")) == 3
     weights = Path("export") / "unet" / "diffusion_pytorch_model.safetensors"
     assert (workdir / weights).read_bytes() == (finished / weights).read_bytes()
     (step, state), (expected_step, expected) = last_checkpoint(workdir), last_checkpoint(finished)
@@ -150,13 +158,13 @@ def test_killed_stopped_and_continued_is_as_if_nothing_had_been(finished, small_
 @pytest.mark.parametrize("num_epochs", [NUM_EPOCHS, 3])
 def test_a_finished_run_does_nothing_more(finished, small_folder, num_epochs):
     before = [(finished / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")]
-    assert main(flags(small_folder, finished, num_epochs=num_epochs)) == 0
+    assert main(flags(small_folder, finished, num_epochs=num_epochs, **EXPERTS)) == 0
     assert [(finished / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")] == before
 
 
 def test_a_finished_run_goes_on_when_it_may_last_longer(finished, small_folder, capsys):
     before = metrics.read(finished / "metrics.jsonl")
-    assert main(flags(small_folder, finished, num_epochs=NUM_EPOCHS + 1)) == 0
+    assert main(flags(small_folder, finished, num_epochs=NUM_EPOCHS + 1, **EXPERTS)) == 0
     rows = metrics.read(finished / "metrics.jsonl")
     assert rows[:-1] == before and rows[-1]["epoch"] == NUM_EPOCHS
     assert evaluated(finished) == evaluations_of(NUM_EPOCHS + 1)
@@ -165,31 +173,8 @@ def test_a_finished_run_goes_on_when_it_may_last_longer(finished, small_folder, 
     assert all(part in last_line for part in (" s in all: ", "update ", "evaluations ", "compiling was "))
 
 
-def test_standardised_experts_go_on_as_if_nothing_had_been(small_folder, tmp_path):
-    """Their running statistics are in the checkpoints, and so are Adafactor's factors; what evaluations are measured by
-    is in evaluations.jsonl."""
-    experts = {
-        "train.optimizer": "adafactor",
-        "reward.name": "scorers:brightness,device:scorers:redness",
-        "reward.standardise": True,
-        "reward.combine": "minimum",
-        "reward.gates": "('scorers:brightness>=0.1',)",
-        "eval_every": 1,
-    }
-    for name, rounds in (("straight", (2,)), ("in two", (1, 2))):
-        for num_epochs in rounds:
-            assert main(flags(small_folder, tmp_path / name, num_epochs=num_epochs, **experts)) == 0
-    straight, continued = tmp_path / "straight", tmp_path / "in two"
-    assert rows_without_times(straight) == rows_without_times(continued)
-    rows = [metrics.read(folder / "evaluations.jsonl") for folder in (straight, continued)]
-    assert rows[0] == rows[1] and len(rows[0]) == 3
-    assert equal(last_checkpoint(straight)[1], last_checkpoint(continued)[1])
-    page = (straight / "report.html").read_text().replace("<wbr>", "")
-    assert "min(z(scorers:brightness), z(device:scorers:redness)), gated by scorers:brightness&gt;=0.1" in page
-
-
 def test_another_config_is_refused(finished, small_folder, capsys):
-    assert main(flags(small_folder, finished, **{"train.learning_rate": 0.5, "seed": 3})) == 2
+    assert main(flags(small_folder, finished, **EXPERTS, **{"train.learning_rate": 0.5, "seed": 3})) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert "seed: 0 there, 3 now; train.learning_rate: 0.001 there, 0.5 now" in errors

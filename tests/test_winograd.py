@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import UNET
+from small import UNET, random_params
 from small_run import distance, silent, small_config
 
 from ddpo_jax.build import build
@@ -16,7 +16,7 @@ from ddpo_jax.models.kernels import Kernels, choose_kernels
 from ddpo_jax.models.layers import Upsample, conv
 from ddpo_jax.models.stable_diffusion import load
 from ddpo_jax.models.tokenizer import tokenize_all
-from ddpo_jax.models.unet import REMAT, UNet2DConditionModel
+from ddpo_jax.models.unet import UNet2DConditionModel
 from ddpo_jax.models.unet_config import unet_config
 
 
@@ -113,7 +113,7 @@ WIDE = unet_config(UNET | {"block_out_channels": [64, 64], "norm_num_groups": 8}
 @pytest.fixture(scope="module")
 def wide():
     inputs = (jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.full(2, 7.0), jnp.ones((2, 3, 16)))
-    return inputs, UNet2DConditionModel(WIDE).init(jax.random.key(1), *inputs)["params"]
+    return inputs, random_params(UNet2DConditionModel(WIDE), 1, *inputs)
 
 
 def total(inputs, remat, kernels):
@@ -140,7 +140,9 @@ def plain_gradient(wide):
     return jax.jit(jax.grad(total(inputs, "none", Kernels())))(params)
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize(
+    "remat", [*("none", "products"), *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("blocks", "full"))]
+)
 def test_the_denoisers_gradient_is_the_same(wide, plain_gradient, remat):
     inputs, params = wide
     found = jax.jit(jax.grad(total(inputs, remat, Kernels(convolution="winograd"))))(params)

@@ -1,7 +1,7 @@
 """Our networks beside diffusers' and transformers', with the same random weights."""
 
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -127,12 +127,18 @@ def torch_clip(text=TEXT, vision=VISION, **options):
     return randomise(TorchCLIP(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)), **options)
 
 
+@cache
+def program(module, function, **keywords):
+    """One for all weights."""
+    return jax.jit(partial(getattr(module, function), **keywords))
+
+
 def shapes(module, *inputs):
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return jax.eval_shape(program(module, "init"), jax.random.key(0), *inputs)["params"]
 
 
 def apply(module, params, *inputs, method=None):
-    return jax.jit(partial(module.apply, method=method))({"params": params}, *inputs)
+    return program(module, "apply", method=method)({"params": params}, *inputs)
 
 
 def unet_inputs(config, *, batch, height, width, length):
