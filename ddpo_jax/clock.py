@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ class Clock(NamedTuple):
 @contextmanager
 def running_clock() -> Iterator[Clock]:
     """A clock that runs from here on, and watches the compiler while the context lasts."""
-    begin, spent, compiling = time.monotonic(), Counter(), 0.0
+    begin, spent, compiled = time.monotonic(), Counter(), []
 
     def watch(event: str, seconds: float, **_: Any) -> None:
-        nonlocal compiling
         if event == COMPILE:
-            compiling += seconds
+            end = time.monotonic()
+            compiled.append((end - seconds, end))
 
     @contextmanager
     def spend(name: str) -> Iterator[None]:
@@ -44,10 +45,19 @@ def running_clock() -> Iterator[Clock]:
         total = time.monotonic() - begin
         parts = [*spent.most_common(), ("the rest", total - spent.total())]
         accounts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts)
-        return f"{total:.0f} s in all: {accounts}; compiling was {compiling:.0f} s of it"
+        return f"{total:.0f} s in all: {accounts}; compiling was {covered(compiled):.0f} s of it"
 
     jax.monitoring.register_event_duration_secs_listener(watch)
     try:
         yield Clock(spend, spent.update, split)
     finally:
         jax.monitoring.unregister_event_duration_listener(watch)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds that are in one of the spans (begin, end) or in several."""
+    total, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total

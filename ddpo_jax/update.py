@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ class Update(NamedTuple):
     zero: Callable  # params, frozen, batch, micro_batch, key -> Total of no rows
     accumulate: Callable  # params, frozen, batch, micro_batch, key, total (donated) -> total, Metrics a row
     apply: Callable  # state (donated), total -> state, scalars
+    prepare: Callable  # as apply, which is then compiled beside `accumulate` -> () -> None, waits until it is
 
 
 def make_update(
@@ -113,13 +115,34 @@ def make_update(
         step, scalars = layout.whole((state.step + 1, scalars))
         return state._replace(step=step, params=params, ema=ema, opt_state=opt_state), scalars
 
+    apply = jax.jit(apply, donate_argnums=0)
     return Update(
         # keep_unused: its result is then committed to their device, as that of `accumulate` is; which would be compiled
         # a second time if it were not.
         zero=jax.jit(zero, keep_unused=True),
         accumulate=jax.jit(accumulate, donate_argnums=5),
-        apply=jax.jit(apply, donate_argnums=0),
+        apply=apply,
+        prepare=compiled_aside(apply),
     )
+
+
+def compiled_aside(program: Callable) -> Callable:
+    """Gives a function of a jitted program's inputs, which compiles it on a thread when it is first called.
+
+    That gives one to wait with, after which the program runs at once. Compilers leave many cores idle, and Python as
+    well: another program may be compiled at the same time.
+    """
+    compiling: Future | None = None
+
+    def prepare(*inputs: PyTree) -> Callable[[], None]:
+        nonlocal compiling
+        if compiling is None:
+            thread = ThreadPoolExecutor(1, "compiler")
+            compiling = thread.submit(program.lower(*inputs).compile)
+            thread.shutdown(wait=False)
+        return compiling.result
+
+    return prepare
 
 
 def add_defined(
@@ -203,13 +226,12 @@ def optimize(
         )
         for i in range(schedule.num_inner_epochs)
     ]
-    if algorithm.recompute:
-        micro_batches = _first_seen(passes, schedule.micro_batch_size)
-        batch = _recompute(update, algorithm, state.params, frozen, batch, micro_batches, key, phase)
-    history, unread = [], None
     # Only what is learned goes through the program: host arrays in it would compile a second one.
     learned = state._replace(epoch=None, carry=None, key=None)
-    before = None
+    if algorithm.recompute:
+        micro_batches = _first_seen(passes, schedule.micro_batch_size)
+        batch = _recompute(update, algorithm, learned, frozen, batch, micro_batches, key, phase)
+    history, unread, before = [], None, None
 
     def read(scalars: Mapping[str, Float[Array, ""]]) -> None:
         history.append({name: float(value) for name, value in jax.device_get(scalars).items()})
@@ -226,11 +248,13 @@ def optimize(
             key_pass = jax.random.fold_in(key, i)
             for micro_batches in one:
                 total = update.zero(learned.params, frozen, batch, micro_batches[0], key_pass)
+                wait = update.prepare(learned, total)
                 for micro_batch in micro_batches:
                     total, metrics = update.accumulate(learned.params, frozen, batch, micro_batch, key_pass, total)
                     jax.block_until_ready(before)  # one program is always under way
                     before = metrics
                     advance(1)
+                wait()
                 learned, scalars = update.apply(learned, total)
                 if unread is not None:
                     read(unread)  # of the step before: the devices have this one's work by now
@@ -270,7 +294,7 @@ def _first_seen(passes: list[list[list[MicroBatch]]], micro_batch_size: int) -> 
 def _recompute(
     update: Update,
     algorithm: Algorithm,
-    params: PyTree,
+    learned: TrainState,
     frozen: Frozen,
     batch: PyTree,
     micro_batches: list[MicroBatch],
@@ -284,8 +308,9 @@ def _recompute(
     seen = []
     with phase("recompute", len(micro_batches)) as advance:
         for micro_batch in micro_batches:
-            total = update.zero(params, frozen, batch, micro_batch, key)
-            _, metrics = update.accumulate(params, frozen, batch, micro_batch, key, total)
+            total = update.zero(learned.params, frozen, batch, micro_batch, key)
+            update.prepare(learned, total)
+            _, metrics = update.accumulate(learned.params, frozen, batch, micro_batch, key, total)
             jax.block_until_ready(metrics)
             seen.append((micro_batch, metrics))
             advance(1)

@@ -36,6 +36,12 @@ def test_compiling_is_seen_while_the_clock_runs_and_not_after():
     assert all(line.endswith("compiling was 40 s of it") for line in heard)
 
 
+def test_programs_that_are_compiled_at_once_are_counted_once():
+    spans = [(6.0, 7.0), (0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (8.0, 8.5), (6.0, 6.5)]
+    assert clock.covered(spans) == 5.0 + 1.0 + 0.5
+    assert clock.covered([]) == 0.0
+
+
 def test_the_compiler_tells_under_the_name_that_is_watched():
     told = []
 

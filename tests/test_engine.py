@@ -1,6 +1,7 @@
 """What keeps the devices busy: nothing is read from them inside a phase. And how attention is computed."""
 
 import threading
+import types
 from contextlib import contextmanager
 
 import jax
@@ -11,6 +12,7 @@ from scipy.stats import norm
 from small_run import learn, silent, small_config
 
 from ddpo_jax.build import build, init_state
+from ddpo_jax.clock import COMPILE
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import attention
 from ddpo_jax.models.attention import attend, choose_kernel
@@ -18,7 +20,7 @@ from ddpo_jax.models.layers import gelu
 from ddpo_jax.models.stable_diffusion import load
 from ddpo_jax.models.tokenizer import tokenize_all
 from ddpo_jax.types import Algorithm, Frozen, Metrics, TrainState
-from ddpo_jax.update import Update, make_update
+from ddpo_jax.update import Update, compiled_aside, make_update
 
 
 @pytest.fixture
@@ -66,8 +68,23 @@ def test_the_guard_sees_what_is_read(unread, read):
     assert read(array + 1)
 
 
-def test_a_round_reads_nothing_inside_its_phases(small_folder, unread):
-    """Compiled in a round before, as compiling reads constants. The pictures are read by the scorers' threads."""
+@pytest.fixture
+def compiled():
+    """(the program's name, whether the main thread compiled it or read it from the cache), as they come."""
+    told = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event == COMPILE:
+            told.append((fun_name, threading.current_thread() is threading.main_thread()))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield told
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_round_reads_nothing_inside_its_phases(small_folder, unread, compiled):
+    """Compiled in a round before, as compiling reads constants: the optimizer's program on a thread, beside the
+    gradient's. The pictures are read by the scorers' threads."""
     phases = [silent]
     run = build(small_config(small_folder, **{"sample.chunk_size": 4}), lambda *told: phases[-1](*told))
     state = init_state(run, seed=0, ema=False)
@@ -77,6 +94,27 @@ def test_a_round_reads_nothing_inside_its_phases(small_folder, unread):
         batch, _, _ = run.algorithm.collect(state.params, run.frozen, run.draw(0), state.carry, jax.random.key(1))
         state, history = learn(update, run.algorithm, state, run.frozen, batch, phase=phase)
         assert [scalars["skipped_in_a_row"] for scalars in history] == [0, 0]
+        found = [one for one in compiled if one[0] in ("jit(accumulate)", "jit(apply)")]
+        assert sorted(found) == [("jit(accumulate)", True), ("jit(apply)", False)]
+
+
+def test_what_is_compiled_aside_is_so_once_and_tells_of_errors():
+    calls = []
+
+    def program(compiling):
+        def call(x):
+            raise AssertionError("it was called")
+
+        call.lower = lambda x: calls.append(x) or types.SimpleNamespace(compile=compiling)
+        return call
+
+    prepare = compiled_aside(program(lambda: 1))
+    prepare(2)()
+    prepare(3)()
+    assert calls == [2]
+    wait = compiled_aside(program(lambda: 1 / 0))(4)
+    with pytest.raises(ZeroDivisionError):
+        wait()
 
 
 def test_scalars_are_read_once_the_next_step_is_under_way(monkeypatch):
@@ -94,6 +132,7 @@ def test_scalars_are_read_once_the_next_step_is_under_way(monkeypatch):
         zero=lambda *inputs: 0,
         accumulate=lambda *inputs: tell("accumulate", (0, Metrics({}, {}))),
         apply=apply,
+        prepare=lambda *inputs: lambda: None,
     )
     monkeypatch.setattr(jax, "device_get", lambda tree: tell("read", device_get(tree)))
     algorithm = Algorithm(*[None] * len(Algorithm._fields))._replace(slices=lambda batch: np.ones((3, 8), bool))

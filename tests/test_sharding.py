@@ -124,7 +124,7 @@ class Trained:
                 check=passing,
             )
             self.rewards.append(report.get("reward/mean", self.history[0].get("reward/mean", 0.0)))
-            programs = (*update, run.parts.sample)
+            programs = (update.zero, update.accumulate, update.apply, run.parts.sample)
             self.programs.append([program._cache_size() for program in programs])
         self.update, self.state = update, state
 
