@@ -215,7 +215,15 @@ def draw(path: Path, curves: Mapping[Job, Curve]) -> None:
             label=name.replace("_", " "),
             linestyle=":" if name == "control" else "-",
         )
-    axes.annotate("what the quickstart ends with", (0, target), xytext=(4, 4), textcoords="offset points", color="#777")
+    axes.annotate(
+        "what the quickstart ends with",
+        (1, target),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        horizontalalignment="right",
+        color="#777",
+    )
     axes.set(xlabel="training compute, TFLOP", ylabel="kB of the JPEG: train and held-out prompts, fixed noise")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right center")

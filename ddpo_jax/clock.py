@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-# XLA alone, without tracing. Reading a program from the persistent cache counts too: it is short.
+# XLA alone, without tracing. Reading a program from the persistent cache counts too: it is short. So does what a thread
+# compiles, whatever the others do meanwhile.
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Total(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The jitted programs of an update, driven by a Python loop over micro-batches.
+    """The jitted programs of an update, driven by a Python loop over micro-batches, and how the last is compiled.
 
     The loop is Python's on purpose: XLA runs a convolution's backward pass inside `scan` or `cond` ten times slower
     on CPU, and on accelerators dispatch runs ahead of the device anyway.
@@ -46,7 +46,7 @@ class Update(NamedTuple):
     zero: Callable  # params, frozen, batch, micro_batch, key -> Total of no rows
     accumulate: Callable  # params, frozen, batch, micro_batch, key, total (donated) -> total, Metrics a row
     apply: Callable  # state (donated), total -> state, scalars
-    prepare: Callable  # as apply, which is then compiled beside `accumulate` -> () -> None, waits until it is
+    prepare: Callable  # state, total -> wait: compiles `apply` on a thread when first called, which `wait` waits for
 
 
 def make_update(
@@ -127,14 +127,15 @@ def make_update(
 
 
 def compiled_aside(program: Callable) -> Callable:
-    """Gives a function of a jitted program's inputs, which compiles it on a thread when it is first called.
+    """Lets a jitted program be compiled while another one is.
 
-    That gives one to wait with, after which the program runs at once. Compilers leave many cores idle, and Python as
-    well: another program may be compiled at the same time.
+    Gives prepare(*inputs) -> wait. The first call has a thread compile the program for inputs of these shapes in these
+    places, which are all that it will have; further calls do nothing. wait() ends once the program is compiled, and
+    raises what the compiler did. The program then finds what was compiled where jit keeps it.
     """
     compiling: Future | None = None
 
-    def prepare(*inputs: PyTree) -> Callable[[], None]:
+    def prepare(*inputs: PyTree) -> Callable[[], Any]:
         nonlocal compiling
         if compiling is None:
             thread = ThreadPoolExecutor(1, "compiler")

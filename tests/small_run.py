@@ -1,11 +1,13 @@
 """Runs on the small folder: configs of a few steps, and a round by hand."""
 
+import threading
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 
 from configs import base
+from ddpo_jax.clock import COMPILE
 from ddpo_jax.update import Schedule, optimize
 
 SAMPLES, STEPS = 8, 4
@@ -37,6 +39,22 @@ def small_config(folder, **changes):
 def silent(name, total):
     """A phase that says nothing."""
     yield lambda count: None
+
+
+@contextmanager
+def compiled():
+    """(name, whether on the main thread) of each program that is compiled, or read from the cache, as they come."""
+    told = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event == COMPILE:
+            told.append((fun_name, threading.current_thread() is threading.main_thread()))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield told
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def passing(scalars):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 from small import FAMILIES, write_folder
-from small_run import SMALL
+from small_run import SMALL, equal
 
 from ddpo_jax import export, metrics, sample
 from ddpo_jax.diffusers_folder import LORA_WEIGHTS
@@ -320,14 +320,18 @@ def test_fewer_pictures_than_before(folders, tmp_path, capsys):
     ],
 )
 def test_smaller_moments(folders, tmp_path, settings):
-    """adamw with bfloat16 first moments, and adafactor, train and continue."""
-    arguments = flags(folders["1"], tmp_path, "full", num_epochs=1, **SMALL, **settings)
-    assert main(arguments) == 0
-    assert main([*arguments, "--config.num_epochs=2"]) == 0
-    rows = metrics.read(tmp_path / "metrics.jsonl")
-    assert [row["epoch"] for row in rows] == [0, 1] and all(np.isfinite(row["loss"]) for row in rows)
-    with ocp.CheckpointManager((tmp_path / "checkpoints").absolute()) as manager:
-        state = manager.restore(2, args=ocp.args.StandardRestore())
+    """adamw with bfloat16 first moments, and adafactor, train and continue as if nothing had been."""
+    states = []
+    for name, rounds in (("straight", (2,)), ("continued", (1, 2))):
+        workdir = tmp_path / name
+        for num_epochs in rounds:
+            assert main(flags(folders["1"], workdir, "full", num_epochs=num_epochs, **SMALL, **settings)) == 0
+        rows = metrics.read(workdir / "metrics.jsonl")
+        assert [row["epoch"] for row in rows] == [0, 1] and all(np.isfinite(row["loss"]) for row in rows)
+        with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
+            states.append(manager.restore(2, args=ocp.args.StandardRestore()))
+    assert equal(*states)
+    state = states[0]
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(state["opt_state"])}
     assert ("bfloat16" in dtypes) == ("train.adam_moment_dtype" in settings)
 

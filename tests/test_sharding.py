@@ -1,13 +1,14 @@
 """One mesh for everything: where arrays are put, and that no result depends on it."""
 
 import re
+from contextlib import contextmanager, nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from small_run import distance, passing, silent, small_config
+from small_run import compiled, distance, passing, silent, small_config
 
 from ddpo_jax.algorithms.parts import chunks
 from ddpo_jax.build import build, init_state
@@ -106,27 +107,29 @@ class Trained:
         self.start = jax.tree.map(np.array, state.params)
         update = make_update(run.algorithm, run.tuning, run.tx, ema_decay=config.train.ema_decay, layout=run.layout)
         self.programs, self.rewards = [], []
-        for epoch in range(NUM_EPOCHS):
-            key = jax.random.fold_in(jax.random.key(3), epoch)
-            self.batch, carry, report = run.algorithm.collect(
-                state.params, run.frozen, run.draw(epoch), state.carry, key
-            )
-            state, self.history = optimize(
-                update,
-                run.algorithm,
-                state._replace(carry=carry),
-                run.frozen,
-                self.batch,
-                key,
-                schedule=run.schedule,
-                seed=(0, epoch),
-                phase=silent,
-                check=passing,
-            )
-            self.rewards.append(report.get("reward/mean", self.history[0].get("reward/mean", 0.0)))
-            programs = (update.zero, update.accumulate, update.apply, run.parts.sample)
-            self.programs.append([program._cache_size() for program in programs])
+        with compiled() as told:
+            for epoch in range(NUM_EPOCHS):
+                key = jax.random.fold_in(jax.random.key(3), epoch)
+                self.batch, carry, report = run.algorithm.collect(
+                    state.params, run.frozen, run.draw(epoch), state.carry, key
+                )
+                state, self.history = optimize(
+                    update,
+                    run.algorithm,
+                    state._replace(carry=carry),
+                    run.frozen,
+                    self.batch,
+                    key,
+                    schedule=run.schedule,
+                    seed=(0, epoch),
+                    phase=silent,
+                    check=passing,
+                )
+                self.rewards.append(report.get("reward/mean", self.history[0].get("reward/mean", 0.0)))
+                programs = (update.zero, update.accumulate, update.apply, run.parts.sample)
+                self.programs.append([program._cache_size() for program in programs])
         self.update, self.state = update, state
+        self.compiled = [one for one in told if one[0] in ("jit(accumulate)", "jit(apply)")]
 
 
 TUNINGS = {"full": {}, "lora": {"train.lora_rank": 2}}
@@ -152,13 +155,24 @@ SETTINGS = TUNINGS | {
 }
 
 
+@contextmanager
+def fewer_products():
+    """3x3 convolutions by Winograd's filtering, of a small model's few channels too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "CHANNELS", 1)
+        stable_diffusion._function.cache_clear()
+        yield
+    stable_diffusion._function.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def trained(small_folder):
     done = {}
 
     def train(tuning, sizes):
         if (tuning, sizes) not in done:
-            done[tuning, sizes] = Trained(small_folder, **SETTINGS[tuning], **mesh(*sizes))
+            with fewer_products() if tuning == "recompute" else nullcontext():
+                done[tuning, sizes] = Trained(small_folder, **SETTINGS[tuning], **mesh(*sizes))
         return done[tuning, sizes]
 
     return train
@@ -194,22 +208,16 @@ def test_every_method_is_the_same_on_a_mesh(trained, method):
 
 @on_meshes
 def test_nothing_is_compiled_after_the_first_round(trained, tuning, sizes):
-    first, *later = trained(tuning, sizes).programs
+    """The optimizer's program once, on a thread, beside the gradient's."""
+    run = trained(tuning, sizes)
+    first, *later = run.programs
     assert first == [1, 1, 1, 1] and all(programs == first for programs in later)
+    assert sorted(run.compiled) == [("jit(accumulate)", True), ("jit(apply)", False)]
 
 
-@pytest.fixture
-def fewer_products(monkeypatch):
-    """3x3 convolutions by Winograd's filtering, of a small model's few channels too."""
-    monkeypatch.setattr(winograd, "CHANNELS", 1)
-    stable_diffusion._function.cache_clear()
-    yield
-    stable_diffusion._function.cache_clear()
-
-
-@pytest.mark.usefixtures("fewer_products")
 def test_log_probs_are_recomputed_on_a_mesh(trained):
     many = trained("recompute", (2, 2, 2))
+    assert distance(many.state.params, many.start) > 1e-4
     assert many.programs[0] == [1, 1, 1, 1] and many.programs[1] == many.programs[0]
     assert many.history[0]["ratio_max_deviation"] == 0
     assert distance(many.state.params, trained("recompute", (1, 1, 1)).state.params) <= 1e-5
@@ -225,7 +233,6 @@ def test_fsdp_cuts_the_training_state(tmp_path):
     assert held[1, 8, 1] <= held[1, 1, 1] / 7
 
 
-@pytest.mark.usefixtures("fewer_products")
 def test_an_update_leaves_its_state_where_it_was(trained):
     for tuning in ("recompute", "lora"):
         one = trained(tuning, (2, 2, 2))
@@ -250,7 +257,6 @@ def collectives(trained, kind):
     return [tuple(map(int, shape.split(","))) for line in found for shape in re.findall(r"\w+\[([\d,]+)\]", line)]
 
 
-@pytest.mark.usefixtures("fewer_products")
 def test_data_parallelism_gathers_no_parameters(trained):
     """Each device has them whole; only gradients are summed, and rows fetched. Under fsdp they are gathered."""
     whole, cut = trained("full", (8, 1, 1)), trained("recompute", (2, 2, 2))

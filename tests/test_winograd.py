@@ -16,7 +16,7 @@ from ddpo_jax.models.kernels import Kernels, choose_kernels
 from ddpo_jax.models.layers import Upsample, conv
 from ddpo_jax.models.stable_diffusion import load
 from ddpo_jax.models.tokenizer import tokenize_all
-from ddpo_jax.models.unet import UNet2DConditionModel
+from ddpo_jax.models.unet import REMAT, UNet2DConditionModel
 from ddpo_jax.models.unet_config import unet_config
 
 
@@ -141,7 +141,8 @@ def plain_gradient(wide):
 
 
 @pytest.mark.parametrize(
-    "remat", [*("none", "products"), *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("blocks", "full"))]
+    "remat",
+    [remat if remat in ("none", "products") else pytest.param(remat, marks=pytest.mark.slow) for remat in REMAT],
 )
 def test_the_denoisers_gradient_is_the_same(wide, plain_gradient, remat):
     inputs, params = wide

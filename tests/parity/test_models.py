@@ -128,17 +128,22 @@ def torch_clip(text=TEXT, vision=VISION, **options):
 
 
 @cache
-def program(module, function, **keywords):
+def initial(module):
+    return jax.jit(module.init)
+
+
+@cache
+def program(module, method):
     """One for all weights."""
-    return jax.jit(partial(getattr(module, function), **keywords))
+    return jax.jit(partial(module.apply, method=method))
 
 
 def shapes(module, *inputs):
-    return jax.eval_shape(program(module, "init"), jax.random.key(0), *inputs)["params"]
+    return jax.eval_shape(initial(module), jax.random.key(0), *inputs)["params"]
 
 
 def apply(module, params, *inputs, method=None):
-    return program(module, "apply", method=method)({"params": params}, *inputs)
+    return program(module, method)({"params": params}, *inputs)
 
 
 def unet_inputs(config, *, batch, height, width, length):
