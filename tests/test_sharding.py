@@ -132,9 +132,9 @@ class Trained:
         self.compiled = [one for one in told if one[0] in ("jit(accumulate)", "jit(apply)")]
 
 
-TUNINGS = {"full": {}, "lora": {"train.lora_rank": 2}}
-
-SETTINGS = TUNINGS | {
+SETTINGS = {
+    "full": {},
+    "lora": {"train.lora_rank": 2},
     "diffusion_dpo": {
         "algorithm": "diffusion_dpo",
         "data.source": "scorers:red_or_blue",
